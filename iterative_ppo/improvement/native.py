@@ -1,0 +1,347 @@
+"""Token-level PPO, GRPO and RLOO: the reference improvement step.
+
+One update samples responses to logged prompts from the current policy, rewards each response once at its end, turns
+that into token advantages and makes a few clipped gradient passes. The anchor is the policy that was handed in.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from iterative_ppo import losses
+from iterative_ppo.batching import micro_batches, pad_right, pad_values
+from iterative_ppo.config import ImprovementConfig
+from iterative_ppo.improvement.base import Improvement, RewardFunction, UpdateMetrics
+from iterative_ppo.policy import Policy
+from iterative_ppo.rendering import TokenIds
+from iterative_ppo.supervised import Progress, no_progress
+
+_SAMPLING_ROWS = 256
+_COLLAPSED_ENTROPY_SHARE = 0.1
+_COLLAPSED_LENGTH_SHARE = 0.2
+_RUNAWAY_KL_FACTOR = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """Responses sampled in one update, with what the losses need. B responses, T response tokens."""
+
+    prompts: tuple[TokenIds, ...]
+    responses: tuple[TokenIds, ...]
+    mask_BT: Tensor
+    old_logprob_BT: Tensor
+    anchor_logprob_BT: Tensor
+    reward_B: Tensor
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
+
+    @property
+    def kl(self) -> float:
+        """KL(policy ‖ anchor) in nats a response, by k3."""
+        return self._per_response(losses.kl_k3(self.old_logprob_BT, self.anchor_logprob_BT))
+
+    @property
+    def kl_k1(self) -> float:
+        """The same by k1."""
+        return self._per_response(losses.kl_k1(self.old_logprob_BT, self.anchor_logprob_BT))
+
+    def _per_response(self, x_BT: Tensor) -> float:
+        return float(losses.masked_sum(x_BT, self.mask_BT)) / len(self.responses)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Baseline:
+    """Token advantages [B, T] of a rollout and the token returns that its token value is fitted to."""
+
+    advantage_BT: Tensor
+    return_BT: Tensor
+    token_value_BT: Tensor
+
+
+def improve(
+    policy: Policy,
+    prompts: Sequence[TokenIds],
+    reward: RewardFunction,
+    config: ImprovementConfig,
+    *,
+    token_value: nn.Module | None = None,
+    generator: np.random.Generator,
+    tokens_per_batch: int,
+    progress: Progress = no_progress,
+    on_update: Callable[[UpdateMetrics, Policy], None] | None = None,
+) -> Improvement:
+    """One single-turn improvement step from `policy`, which is also the anchor of the KL.
+
+    Args:
+        policy: start and anchor; not changed.
+        prompts: token ids of each prompt; every update answers `prompts_per_update` of them, each prompt equally often.
+        reward: scores whole responses; the token at which it is paid is the response's last.
+        token_value: for PPO: a module from (token_BT, mask_BT) to the value of each prefix [B, T]; not changed.
+        generator: all randomness of the step.
+        tokens_per_batch: padded tokens in one forward and backward pass; the result does not depend on it.
+        on_update: called after each update with its metrics and the policy as it then is.
+
+    Returns:
+        The candidate: the last policy whose measured KL to the anchor is within `kl_target`.
+    """
+    if config.algorithm == "ppo" and token_value is None:
+        raise ValueError("PPO needs a token value to start from; GRPO and RLOO do without")
+    candidate = Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.config)
+    learner = _Learner(candidate, token_value, config, tokens_per_batch=tokens_per_batch)
+    batches = _prompt_batches(prompts, config, generator)
+    good_weights, good_kl = copy.deepcopy(candidate.model.state_dict()), 0.0
+    updates: list[UpdateMetrics] = []
+    stop_reason = "updates"
+    for update in range(config.num_updates + 1):
+        rollout = sample_rollout(
+            candidate, policy, next(batches), reward, generator=generator, tokens_per_batch=tokens_per_batch
+        )
+        problem = _collapse(rollout, updates, config)
+        if problem or rollout.kl > config.kl_target:
+            stop_reason = f"collapse: {problem}" if problem else "kl_target"
+            candidate.model.load_state_dict(good_weights)
+            break
+        good_weights, good_kl = copy.deepcopy(candidate.model.state_dict()), rollout.kl
+        if update == config.num_updates:
+            break
+        updates.append(learner.update(rollout, update, generator))
+        if on_update:
+            on_update(updates[-1], candidate)
+        progress(f"improve (reward {updates[-1].reward_mean:.3f}, KL {rollout.kl:.3f})", update + 1, config.num_updates)
+    progress("improve", config.num_updates, config.num_updates)
+    candidate.model.eval().requires_grad_(True)
+    return Improvement(candidate=candidate, updates=tuple(updates), kl=good_kl, stop_reason=stop_reason)
+
+
+def sample_rollout(
+    policy: Policy,
+    anchor: Policy,
+    prompts: Sequence[TokenIds],
+    reward: RewardFunction,
+    *,
+    generator: np.random.Generator,
+    tokens_per_batch: int,
+) -> Rollout:
+    """Samples one response a prompt, scores it, and notes its log-probabilities under policy and anchor.
+
+    A response cut at the cap carries no end-of-response token; it is scored with one, because that is how it would
+    be sent and read by everyone after.
+    """
+    end_id = policy.renderer.end_id
+    uniforms_BT = generator.random((len(prompts), policy.config.max_response_tokens))
+    responses: list[TokenIds] = [()] * len(prompts)
+    logprobs: list[tuple[float, ...]] = [()] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    policy.model.eval()
+    for start in range(0, len(by_length), _SAMPLING_ROWS):
+        rows = by_length[start : start + _SAMPLING_ROWS]
+        sampled = policy.conversation_cache().sample([prompts[row] for row in rows], uniforms_BT[rows])
+        for row, tokens, values in zip(rows, sampled.token_ids, sampled.token_logprobs, strict=True):
+            responses[row], logprobs[row] = tokens, values
+    ended = [tokens if tokens[-1] == end_id else (*tokens, end_id) for tokens in responses]
+    _, mask_BT = pad_right(responses)
+    width = mask_BT.shape[1]
+    anchor_logprobs = anchor.logprobs(prompts, responses, tokens_per_batch=4 * tokens_per_batch)
+    return Rollout(
+        prompts=tuple(prompts),
+        responses=tuple(responses),
+        mask_BT=mask_BT.to(policy.device),
+        old_logprob_BT=pad_values(logprobs, width=width).to(policy.device),
+        anchor_logprob_BT=pad_values(anchor_logprobs, width=width).to(policy.device),
+        reward_B=reward(prompts, ended).float().to(policy.device),
+    )
+
+
+class _Learner:
+    """The policy, its token value and their optimizers."""
+
+    def __init__(
+        self, policy: Policy, token_value: nn.Module | None, config: ImprovementConfig, *, tokens_per_batch: int
+    ) -> None:
+        self.policy = policy
+        self.config = config
+        self.tokens_per_batch = tokens_per_batch
+        self.policy_parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        self.policy_optimizer = torch.optim.AdamW(self.policy_parameters, lr=config.learning_rate, weight_decay=0.0)
+        self.token_value: nn.Module | None = None
+        self.value_parameters: list[nn.Parameter] = []
+        if config.algorithm == "ppo":
+            self.token_value = copy.deepcopy(token_value)
+            assert self.token_value is not None
+            self.value_parameters = [p for p in self.token_value.parameters() if p.requires_grad]
+            self.value_optimizer = torch.optim.AdamW(
+                self.value_parameters, lr=config.token_value_learning_rate, weight_decay=0.0
+            )
+
+    def update(self, rollout: Rollout, update: int, generator: np.random.Generator) -> UpdateMetrics:
+        """Gradient passes over one rollout."""
+        baseline = self._baseline(rollout)
+        advantage_BT, scale = _normalized(baseline.advantage_BT, rollout.mask_BT)
+        num_rows = len(rollout.responses)
+        size = math.ceil(num_rows / self.config.num_minibatches)
+        stats = _PassStatistics()
+        num_passes = 0
+        for _ in range(self.config.num_passes):
+            order = generator.permutation(num_rows)
+            stats = _PassStatistics()
+            for start in range(0, num_rows, size):
+                rows = order[start : start + size].tolist()
+                self._policy_step(rollout, advantage_BT, scale, rows, stats)
+                if self.value_parameters and self.config.token_value_learning_rate > 0:
+                    self._value_step(rollout, baseline.return_BT, rows)
+            num_passes += 1
+            if stats.policy_kl / stats.num_tokens > self.config.early_stop_kl:
+                break
+        return UpdateMetrics(
+            update=update,
+            reward_mean=float(rollout.reward_B.mean()),
+            kl=rollout.kl,
+            kl_k1=rollout.kl_k1,
+            entropy=stats.entropy / stats.num_tokens,
+            clip_fraction=stats.num_clipped / stats.num_tokens,
+            explained_variance=losses.explained_variance(
+                baseline.token_value_BT[rollout.mask_BT], baseline.return_BT[rollout.mask_BT]
+            )
+            if self.token_value is not None
+            else math.nan,
+            response_tokens=float(rollout.mask_BT.sum()) / num_rows,
+            num_passes=num_passes,
+        )
+
+    def _baseline(self, rollout: Rollout) -> _Baseline:
+        config = self.config
+        token_reward_BT = losses.terminal_token_reward(rollout.reward_B, rollout.mask_BT)
+        if config.kl_in == "reward":
+            log_ratio_BT = losses.kl_k1(rollout.old_logprob_BT, rollout.anchor_logprob_BT)
+            token_reward_BT = token_reward_BT - config.kl_coefficient * log_ratio_BT * rollout.mask_BT
+        if self.token_value is not None:
+            with torch.no_grad():
+                value_BT = torch.zeros_like(token_reward_BT)
+                for rows in micro_batches(rollout.lengths, tokens_per_batch=4 * self.tokens_per_batch):
+                    value_BT[rows] = self._token_values(rollout, rows)
+            advantage_BT = losses.generalized_advantage_estimation(
+                token_reward_BT, value_BT, rollout.mask_BT, lambda_=config.gae_lambda
+            )
+            return _Baseline(advantage_BT=advantage_BT, return_BT=advantage_BT + value_BT, token_value_BT=value_BT)
+        response_reward_B = torch.where(rollout.mask_BT, token_reward_BT, 0.0).sum(1)
+        advantage_B = (
+            losses.group_advantages(response_reward_B, num_samples=config.num_samples, normalize=True)
+            if config.algorithm == "grpo"
+            else losses.leave_one_out_advantages(response_reward_B, num_samples=config.num_samples)
+        )
+        zeros_BT = torch.zeros_like(token_reward_BT)
+        return _Baseline(advantage_BT=advantage_B[:, None] * rollout.mask_BT, return_BT=zeros_BT, token_value_BT=zeros_BT)
+
+    def _token_values(self, rollout: Rollout, rows: Sequence[int]) -> Tensor:
+        """Value of the prefix before each response token [len(rows), T]; zero at padding."""
+        assert self.token_value is not None
+        token_BS, mask_BS = pad_right([rollout.prompts[row] + rollout.responses[row] for row in rows])
+        value_BS = self.token_value(token_BS, mask_BS)
+        start_B = torch.tensor([len(rollout.prompts[row]) - 1 for row in rows], device=value_BS.device)
+        offset_T = torch.arange(rollout.mask_BT.shape[1], device=value_BS.device)
+        index_BT = (start_B[:, None] + offset_T).clamp(max=value_BS.shape[1] - 1)
+        return value_BS.gather(1, index_BT) * rollout.mask_BT[rows]
+
+    def _policy_step(
+        self, rollout: Rollout, advantage_BT: Tensor, scale: float, rows: Sequence[int], stats: "_PassStatistics"
+    ) -> None:
+        config = self.config
+        for batch in self._micro_batches(rollout, rows):
+            logits = self.policy.response_logits(
+                [rollout.prompts[row] for row in batch], [rollout.responses[row] for row in batch]
+            )
+            width = logits.mask_BT.shape[1]
+            old_BT, anchor_BT = rollout.old_logprob_BT[batch, :width], rollout.anchor_logprob_BT[batch, :width]
+            logprob_BT = losses.token_logprobs(logits.logits_BTV, logits.token_BT)
+            loss = losses.clipped_surrogate(
+                logprob_BT, old_BT, advantage_BT[batch, :width], logits.mask_BT, clip=config.clip
+            )
+            if config.kl_in == "loss":
+                loss = loss + config.kl_coefficient * scale * losses.kl_loss(logprob_BT, anchor_BT, logits.mask_BT)
+            (loss * len(batch) / len(rows)).backward()
+            stats.add(logprob_BT.detach(), old_BT, logits.logits_BTV.detach(), logits.mask_BT, clip=config.clip)
+        nn.utils.clip_grad_norm_(self.policy_parameters, 1.0)
+        self.policy_optimizer.step()
+        self.policy_optimizer.zero_grad(set_to_none=True)
+
+    def _value_step(self, rollout: Rollout, return_BT: Tensor, rows: Sequence[int]) -> None:
+        num_tokens = float(rollout.mask_BT[rows].sum())
+        for batch in self._micro_batches(rollout, rows):
+            mask_BT = rollout.mask_BT[batch]
+            loss = losses.token_value_loss(self._token_values(rollout, batch), return_BT[batch], mask_BT)
+            (loss * float(mask_BT.sum()) / num_tokens).backward()
+        nn.utils.clip_grad_norm_(self.value_parameters, 1.0)
+        self.value_optimizer.step()
+        self.value_optimizer.zero_grad(set_to_none=True)
+
+    def _micro_batches(self, rollout: Rollout, rows: Sequence[int]) -> Iterator[list[int]]:
+        lengths = rollout.lengths
+        for batch in micro_batches([lengths[row] for row in rows], tokens_per_batch=self.tokens_per_batch):
+            yield [rows[i] for i in batch]
+
+
+@dataclass(slots=True)
+class _PassStatistics:
+    """Sums over the tokens of one pass."""
+
+    num_tokens: float = 0.0
+    num_clipped: float = 0.0
+    policy_kl: float = 0.0
+    entropy: float = 0.0
+
+    @torch.no_grad()
+    def add(self, logprob_BT: Tensor, old_BT: Tensor, logits_BTV: Tensor, mask_BT: Tensor, *, clip: float) -> None:
+        num_tokens = float(mask_BT.sum())
+        self.num_tokens += num_tokens
+        self.num_clipped += num_tokens * float(losses.clip_fraction(logprob_BT, old_BT, mask_BT, clip=clip))
+        self.policy_kl += float(losses.masked_sum(losses.kl_k3(old_BT, logprob_BT), mask_BT))
+        self.entropy += float(losses.masked_sum(losses.token_entropy(logits_BTV), mask_BT))
+
+
+def _normalized(advantage_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, float]:
+    """Normalised advantages and the factor by which they were scaled: the KL's price must be scaled with them."""
+    mean = losses.masked_mean(advantage_BT, mask_BT)
+    deviation = losses.masked_mean((advantage_BT - mean).square(), mask_BT).sqrt()
+    return losses.normalize_advantages(advantage_BT, mask_BT), 1.0 / (float(deviation) + 1e-4)
+
+
+def _prompt_batches(
+    prompts: Sequence[TokenIds], config: ImprovementConfig, generator: np.random.Generator
+) -> Iterator[list[TokenIds]]:
+    """Endless batches of prompts, each repeated `num_samples` times in adjacent rows; every prompt equally often."""
+    queue: list[int] = []
+    size = min(config.prompts_per_update, len(prompts))
+    while True:
+        if len(queue) < size:
+            queue += generator.permutation(len(prompts)).tolist()
+        yield [prompts[row] for row in queue[:size] for _ in range(config.num_samples)]
+        queue = queue[size:]
+
+
+def _collapse(rollout: Rollout, updates: Sequence[UpdateMetrics], config: ImprovementConfig) -> str:
+    """What has gone wrong with the policy, in words; empty when nothing has."""
+    if not torch.isfinite(rollout.reward_B).all():
+        raise ValueError("the reward function returned a value that is not finite")
+    if not math.isfinite(rollout.kl) or not torch.isfinite(rollout.old_logprob_BT[rollout.mask_BT]).all():
+        return "log-probabilities are not finite; lower improvement.learning_rate"
+    if rollout.kl > _RUNAWAY_KL_FACTOR * config.kl_target:
+        return (
+            f"KL to the anchor jumped to {rollout.kl:.2f} nats a response in one update, "
+            f"{_RUNAWAY_KL_FACTOR:g} times the budget; lower improvement.learning_rate"
+        )
+    if not updates:
+        return ""
+    first, last = updates[0], updates[-1]
+    if last.entropy < _COLLAPSED_ENTROPY_SHARE * first.entropy:
+        return f"entropy fell from {first.entropy:.3f} to {last.entropy:.3f} nats a token; lower improvement.kl_target"
+    length = float(rollout.mask_BT.sum()) / len(rollout.responses)
+    if length < _COLLAPSED_LENGTH_SHARE * first.response_tokens:
+        return f"responses shrank from {first.response_tokens:.1f} to {length:.1f} tokens; lower improvement.kl_target"
+    return ""

@@ -1,0 +1,242 @@
+"""A language model as the policy π(response | prompt): load, sample, score, clone from logs, save."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from iterative_ppo.batching import micro_batches, pad_right
+from iterative_ppo.config import PolicyConfig
+from iterative_ppo.losses import token_logprobs
+from iterative_ppo.rendering import Renderer, TokenIds, TurnSequence
+from iterative_ppo.sampling import ConversationCache
+from iterative_ppo.supervised import FitHistory, Progress, fit_passes, no_progress
+
+TINY_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_TINY_SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseLogits:
+    """Next-token logits at the tokens of each response, already divided by the temperature."""
+
+    logits_BTV: Tensor
+    token_BT: Tensor
+    mask_BT: Tensor
+
+
+class Policy:
+    """π(response | prompt) = Π_t softmax(logits / temperature)[y_t], up to and including the end-of-response token.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer, with a chat template.
+        config: context, response length and temperature are read; the model's own context limit is kept if smaller.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PolicyConfig) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.config = config
+        self.temperature = config.temperature
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.context_tokens
+        self.renderer = Renderer(
+            tokenizer,
+            context_tokens=min(config.context_tokens, limit),
+            max_response_tokens=config.max_response_tokens,
+        )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.renderer.end_id
+        model.config.pad_token_id = self.pad_id
+
+    @classmethod
+    def load(cls, source: str | Path, config: PolicyConfig, *, device: str = "cpu") -> "Policy":
+        """Loads a hub id or a folder. Raises ValueError with one line where there is no such model."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"policy {str(source)!r} cannot be loaded: {reason}") from error
+        return cls(model.to(device), tokenizer, config)
+
+    @classmethod
+    def tiny(cls, texts: Iterable[str], config: PolicyConfig, *, seed: int, device: str = "cpu") -> "Policy":
+        """A small Llama with random weights and a byte-level BPE tokenizer trained on the texts."""
+        tokenizer = _tiny_tokenizer(texts, config)
+        num_heads = max(1, config.hidden_size // 32)
+        if config.hidden_size % num_heads or (config.hidden_size // num_heads) % 2:
+            raise ValueError(f"policy.hidden_size: must be a multiple of 32, not {config.hidden_size}")
+        llama = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=3 * config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_heads,
+            max_position_embeddings=config.context_tokens,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(llama)
+        return cls(model.to(device), tokenizer, config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def save(self, folder: Path) -> None:
+        """Writes an ordinary transformers folder whose generation settings sample from exactly this policy."""
+        self.model.generation_config = GenerationConfig(
+            do_sample=True,
+            temperature=self.temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=self.config.max_response_tokens,
+            eos_token_id=self.renderer.end_id,
+            pad_token_id=self.pad_id,
+        )
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def conversation_cache(self) -> ConversationCache:
+        """A sampler for one batch of conversations; see `iterative_ppo.sampling`."""
+        return ConversationCache(
+            self.model,
+            end_id=self.renderer.end_id,
+            temperature=self.temperature,
+            max_response_tokens=self.config.max_response_tokens,
+        )
+
+    def response_logits(self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> ResponseLogits:
+        """Logits at every response token of one padded batch; differentiable.
+
+        Prompts are padded on the left and responses on the right, so that the model computes its (large) vocabulary
+        projection for the responses alone.
+        """
+        width = max(map(len, prompts))
+        response_BT, mask_BT = pad_right(responses, pad_id=self.pad_id)
+        num_rows, response_width = response_BT.shape
+        token_BS = np.full((num_rows, width), self.pad_id, dtype=np.int64)
+        mask_BS = np.zeros((num_rows, width), dtype=bool)
+        for b, prompt in enumerate(prompts):
+            token_BS[b, width - len(prompt) :] = prompt
+            mask_BS[b, width - len(prompt) :] = True
+        token = torch.cat([torch.from_numpy(token_BS), response_BT], dim=1)[:, :-1]
+        mask = torch.cat([torch.from_numpy(mask_BS), mask_BT], dim=1)[:, :-1]
+        output = self.model(
+            input_ids=token.to(self.device),
+            attention_mask=mask.long().to(self.device),
+            position_ids=(mask.long().cumsum(1) - 1).clamp(min=0).to(self.device),
+            use_cache=False,
+            logits_to_keep=response_width,
+        )
+        return ResponseLogits(
+            logits_BTV=output.logits.float() / self.temperature,
+            token_BT=response_BT.to(self.device),
+            mask_BT=mask_BT.to(self.device),
+        )
+
+    @torch.no_grad()
+    def logprobs(
+        self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int
+    ) -> list[list[float]]:
+        """log π of every response token, one list a response."""
+        logprobs: list[list[float]] = [[] for _ in prompts]
+        lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+        for rows in micro_batches(lengths, tokens_per_batch=tokens_per_batch):
+            batch = self.response_logits([prompts[row] for row in rows], [responses[row] for row in rows])
+            for row, values in zip(rows, token_logprobs(batch.logits_BTV, batch.token_BT).tolist(), strict=True):
+                logprobs[row] = values[: len(responses[row])]
+        return logprobs
+
+    def clone(
+        self,
+        sequences: Sequence[TurnSequence],
+        *,
+        held_out: Sequence[bool],
+        tokens_per_batch: int,
+        generator: np.random.Generator,
+        progress: Progress = no_progress,
+    ) -> FitHistory:
+        """Fits the responses in sequences by maximum likelihood (behaviour cloning), stopping by held-out loss."""
+        rows = range(len(sequences))
+        return fit_passes(
+            self.model,
+            self._negative_log_likelihood(sequences),
+            [len(sequence.token_ids) for sequence in sequences],
+            train_rows=[row for row in rows if not held_out[row]],
+            held_out_rows=[row for row in rows if held_out[row]],
+            max_passes=self.config.clone_passes,
+            patience_passes=3,
+            learning_rate=self.config.clone_learning_rate,
+            tokens_per_batch=tokens_per_batch,
+            generator=generator,
+            what="clone the start policy",
+            progress=progress,
+        )
+
+    def _negative_log_likelihood(
+        self, sequences: Sequence[TurnSequence]
+    ) -> Callable[[list[int]], tuple[Tensor, Tensor]]:
+        def loss_sum_and_weight(rows: list[int]) -> tuple[Tensor, Tensor]:
+            token_BT, mask_BT = pad_right([sequences[row].token_ids for row in rows], pad_id=self.pad_id)
+            is_response_BT = torch.zeros_like(mask_BT)
+            for b, row in enumerate(rows):
+                for start, end in sequences[row].spans:
+                    is_response_BT[b, start:end] = True
+            output = self.model(
+                input_ids=token_BT.to(self.device), attention_mask=mask_BT.long().to(self.device), use_cache=False
+            )
+            is_target = is_response_BT[:, 1:].to(self.device)
+            target_N = token_BT[:, 1:].to(self.device)[is_target]
+            logits_NV = output.logits[:, :-1][is_target].float() / self.temperature
+            return -token_logprobs(logits_NV, target_N).sum(), is_target.sum()
+
+        return loss_sum_and_weight
+
+
+def _tiny_tokenizer(texts: Iterable[str], config: PolicyConfig) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocabulary_size,
+        special_tokens=_TINY_SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        chat_template=TINY_TEMPLATE,
+        model_max_length=config.context_tokens,
+    )

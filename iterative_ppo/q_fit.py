@@ -1,0 +1,254 @@
+"""Fitting Q by regression on returns, and saying honestly how well: held out, by conversation, against baselines."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from iterative_ppo import losses
+from iterative_ppo.batching import micro_batches, pad_right, pad_values
+from iterative_ppo.config import QFunctionConfig
+from iterative_ppo.q_function import QFunction, TokenIds
+from iterative_ppo.supervised import FitHistory, Progress, fit_passes, no_progress
+
+_NUM_BINS = 51
+_READOUT_RIDGE = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledSequence:
+    """Decision points of one conversation with their returns.
+
+    A span with start == end is a state with no response: the end of a conversation whose last word is the
+    customer's. It is trained on, as the outcome seen from there, and is no decision point.
+
+    Example:
+        LabelledSequence(token_ids=(1, 8, 9, 2, 5, 9, 2), spans=((2, 4), (5, 7)), turns=(0, 1),
+                         returns=(1.0, 1.0), group="c-001", messages_seen=(1, 3), num_messages=4)
+    """
+
+    token_ids: TokenIds
+    spans: tuple[tuple[int, int], ...]
+    turns: tuple[int, ...]
+    returns: tuple[float, ...]
+    group: str
+    """All sequences of a conversation share it; they fall on one side of every split."""
+    messages_seen: tuple[int, ...]
+    """Messages (the system's not counted) before each response."""
+    num_messages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predictions:
+    """Q and the state's value at decision points, on one row each.
+
+    Example:
+        Predictions(q_value=[.6], state_value=[.5], target=[1.], group=["c-001"], turn=[0])
+    """
+
+    q_value: np.ndarray
+    """Read at the end of the response."""
+    state_value: np.ndarray
+    """Read at the last token before the response: what can be said without knowing the response."""
+    target: np.ndarray
+    group: np.ndarray
+    turn: np.ndarray
+
+
+def fit_q_function(
+    q_function: QFunction,
+    sequences: Sequence[LabelledSequence],
+    *,
+    held_out: Sequence[bool],
+    config: QFunctionConfig,
+    tokens_per_batch: int,
+    generator: np.random.Generator,
+    progress: Progress = no_progress,
+) -> FitHistory:
+    """Regresses Q on the returns, all decision points of a conversation in one pass.
+
+    At each decision point the end of the response weighs 1, and the tokens before it (from the state alone to the
+    last token but one) weigh 1 together, so that Q is also a token-level value. Ensemble member m sees each
+    conversation with a weight drawn from Poisson(1) (the bootstrap); a single member sees all with weight 1.
+
+    Raises:
+        ValueError: returns outside [0, 1] with the logistic link.
+    """
+    returns = np.concatenate([sequence.returns for sequence in sequences])
+    if q_function.link == "logistic" and (returns.min() < 0 or returns.max() > 1):
+        raise ValueError(
+            f"returns lie in [{returns.min():g}, {returns.max():g}], outside [0, 1]: "
+            'use q_function.link = "identity" with q_function.loss = "squared_error"'
+        )
+    groups = sorted({sequence.group for sequence in sequences})
+    num_heads = q_function.heads.shape[0]
+    bootstrap_GM = generator.poisson(1.0, (len(groups), num_heads)) if num_heads > 1 else np.ones((len(groups), 1))
+    weight_of = dict(zip(groups, torch.from_numpy(bootstrap_GM.astype(np.float32)), strict=True))
+    rows = range(len(sequences))
+    train_rows = [row for row in rows if not held_out[row]]
+    module, element_loss = _objective(q_function, config, returns)
+
+    def loss_sum_and_weight(batch: list[int]) -> tuple[Tensor, Tensor]:
+        chosen = [sequences[row] for row in batch]
+        token_BT, mask_BT = pad_right([sequence.token_ids for sequence in chosen])
+        width = token_BT.shape[1]
+        weighted = [_token_weights(sequence, ends_only=not module.training) for sequence in chosen]
+        weight_BT = pad_values([weights for weights, _ in weighted], width=width).to(q_function.device)
+        target_BT = pad_values([targets for _, targets in weighted], width=width).to(q_function.device)
+        read = weight_BT > 0
+        loss_NM = element_loss(q_function.hidden(token_BT, mask_BT)[read], target_BT[read])
+        if module.training:
+            head_weight_BM = torch.stack([weight_of[sequence.group] for sequence in chosen]).to(q_function.device)
+            head_weight_NM = head_weight_BM[:, None, :].expand(-1, width, -1)[read]
+        else:
+            head_weight_NM = torch.ones_like(loss_NM)
+        weight_NM = head_weight_NM * weight_BT[read][:, None]
+        return (loss_NM * weight_NM).sum(), weight_NM.sum()
+
+    history = fit_passes(
+        module,
+        loss_sum_and_weight,
+        [len(sequence.token_ids) for sequence in sequences],
+        train_rows=train_rows,
+        held_out_rows=[row for row in rows if held_out[row]],
+        max_passes=config.max_passes,
+        patience_passes=config.patience_passes,
+        learning_rate=config.learning_rate,
+        tokens_per_batch=tokens_per_batch,
+        generator=generator,
+        what="fit Q",
+        progress=progress,
+    )
+    if isinstance(module, _HistogramHeads):
+        _read_out(module, [sequences[row] for row in train_rows], tokens_per_batch=tokens_per_batch)
+    return history
+
+
+def predict(q_function: QFunction, sequences: Sequence[LabelledSequence], *, tokens_per_batch: int) -> Predictions:
+    """Q and the state's value at every decision point."""
+    points = [
+        (row, turn, start, end, target)
+        for row, s in enumerate(sequences)
+        for turn, (start, end), target in zip(s.turns, s.spans, s.returns, strict=True)
+        if end > start
+    ]
+    positions: list[list[int]] = [[] for _ in sequences]
+    for row, _, start, end, _ in points:
+        positions[row] += [start - 1, end - 1]
+    read = q_function.read([s.token_ids for s in sequences], positions, tokens_per_batch=tokens_per_batch)
+    value_N2 = q_function.to_value(torch.tensor([x for row in read for x in row], dtype=torch.float64)).view(-1, 2)
+    return Predictions(
+        q_value=value_N2[:, 1].numpy(),
+        state_value=value_N2[:, 0].numpy(),
+        target=np.array([target for *_, target in points], dtype=np.float64),
+        group=np.array([sequences[row].group for row, *_ in points]),
+        turn=np.array([turn for _, turn, *_ in points]),
+    )
+
+
+def predict_after_share(
+    q_function: QFunction, sequences: Sequence[LabelledSequence], share: float, *, tokens_per_batch: int
+) -> dict[str, float]:
+    """Expected outcome of each conversation once a share of its messages has been seen, by group.
+
+    Where the last message seen is the policy's, Q of that response; where it is the customer's, the state's value.
+    """
+    rows: list[TokenIds] = []
+    positions: list[list[int]] = []
+    groups: list[str] = []
+    for sequence in sequences:
+        wanted = int(np.ceil(share * sequence.num_messages))
+        for seen, (start, end) in zip(sequence.messages_seen, sequence.spans, strict=True):
+            if seen == wanted or (end > start and seen + 1 == wanted):
+                rows.append(sequence.token_ids)
+                positions.append([start - 1 if seen == wanted else end - 1])
+                groups.append(sequence.group)
+                break
+    read = q_function.read(rows, positions, tokens_per_batch=tokens_per_batch)
+    values = q_function.to_value(torch.tensor([value for [value] in read], dtype=torch.float64)).tolist()
+    return dict(zip(groups, values, strict=True))
+
+
+def _token_weights(sequence: LabelledSequence, *, ends_only: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Loss weight and target of each token position of a sequence."""
+    weight_T = np.zeros(len(sequence.token_ids), dtype=np.float32)
+    target_T = np.zeros(len(sequence.token_ids), dtype=np.float32)
+    for (start, end), target in zip(sequence.spans, sequence.returns, strict=True):
+        before = slice(start - 1, max(end - 1, start))
+        target_T[start - 1 : max(end, start)] = target
+        if not ends_only:
+            weight_T[before] = 1.0 / (before.stop - before.start)
+        if end > start:
+            weight_T[end - 1] = 1.0
+    return weight_T, target_T
+
+
+def _objective(
+    q_function: QFunction, config: QFunctionConfig, returns: np.ndarray
+) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    """What is trained, and its loss from hidden states [N, D] and targets [N] to [N, M]."""
+    match config.loss:
+        case "binary_cross_entropy":
+            return q_function, lambda hidden_ND, target_N: losses.binary_cross_entropy(
+                hidden_ND @ q_function.heads.T, target_N[:, None].expand(-1, q_function.heads.shape[0])
+            )
+        case "squared_error":
+            return q_function, lambda hidden_ND, target_N: losses.squared_error(
+                q_function.to_value(hidden_ND @ q_function.heads.T), target_N[:, None]
+            )
+        case "hl_gauss":
+            heads = _HistogramHeads(q_function, low=float(returns.min()), high=float(returns.max()))
+            return heads, heads.loss
+
+
+class _HistogramHeads(nn.Module):
+    """HL-Gauss: every ensemble member predicts a histogram of the return while the trunk is trained."""
+
+    def __init__(self, q_function: QFunction, *, low: float, high: float) -> None:
+        super().__init__()
+        self.q_function = q_function
+        margin = 0.1 * max(high - low, 1e-3)
+        edges = torch.linspace(low - margin, high + margin, _NUM_BINS + 1, device=q_function.device)
+        self.register_buffer("edges", edges)
+        self.sigma = 0.75 * float(edges[1] - edges[0])
+        num_heads, hidden_size = q_function.heads.shape
+        self.bins = nn.Linear(hidden_size, num_heads * _NUM_BINS).to(q_function.device)
+        nn.init.zeros_(self.bins.weight)
+        nn.init.zeros_(self.bins.bias)
+
+    def bin_logits(self, hidden_ND: Tensor) -> Tensor:
+        return self.bins(hidden_ND).unflatten(-1, (-1, _NUM_BINS))
+
+    def loss(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+        return losses.hl_gauss(self.bin_logits(hidden_ND), target_N[:, None], self.edges, sigma=self.sigma)
+
+
+@torch.no_grad()
+def _read_out(heads: _HistogramHeads, sequences: Sequence[LabelledSequence], *, tokens_per_batch: int) -> None:
+    """Replaces the histograms by scalar heads: ridge regression from hidden states to the histograms' means.
+
+    The checkpoint then has one label, as every reward model has, and all held-out figures are those of the scalar.
+    """
+    q_function = heads.q_function
+    size = q_function.heads.shape[1]
+    gram_DD = torch.zeros(size, size, dtype=torch.float64)
+    moment_DM = torch.zeros(size, q_function.heads.shape[0], dtype=torch.float64)
+    num_positions = 0
+    for batch in micro_batches([len(s.token_ids) for s in sequences], tokens_per_batch=4 * tokens_per_batch):
+        token_BT, mask_BT = pad_right([sequences[b].token_ids for b in batch])
+        read = pad_values(
+            [_token_weights(sequences[b], ends_only=False)[0] for b in batch], width=token_BT.shape[1]
+        ).to(q_function.device)
+        hidden_ND = q_function.hidden(token_BT, mask_BT)[read > 0]
+        mean_NM = losses.hl_gauss_mean(heads.bin_logits(hidden_ND), heads.edges)
+        if q_function.link == "logistic":
+            mean_NM = mean_NM.clamp(0.01, 0.99).logit()
+        hidden_ND, mean_NM = hidden_ND.double().cpu(), mean_NM.double().cpu()
+        gram_DD += hidden_ND.T @ hidden_ND
+        moment_DM += hidden_ND.T @ mean_NM
+        num_positions += len(hidden_ND)
+    ridge_DD = _READOUT_RIDGE * num_positions * torch.eye(size, dtype=torch.float64)
+    solution_DM = torch.linalg.solve(gram_DD + ridge_DD, moment_DM)
+    q_function.heads.copy_(solution_DM.T.float())

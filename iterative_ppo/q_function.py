@@ -1,0 +1,184 @@
+"""Q(prompt, response): the expected return of sending this response now and following the policy afterwards.
+
+A transformer with a scalar head, read at a response's end-of-response token. Read at the token before the response
+it is the state's value, and at every token in between the token-level value: one model, one causal pass over a
+conversation, all of its decision points.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from iterative_ppo.batching import micro_batches, pad_right
+from iterative_ppo.losses import lower_confidence
+
+Link = Literal["identity", "logistic"]
+TokenIds = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QFunctionCard:
+    """What a checkpoint's `q_function.json` says beside the weights.
+
+    Example:
+        QFunctionCard(link="logistic", gamma=1.0, target="monte_carlo", policy="iteration-002", metrics={"auc": 0.8})
+    """
+
+    link: Link
+    gamma: float
+    target: str
+    policy: str
+    metrics: dict[str, object]
+
+
+class QFunction(nn.Module):
+    """An ensemble of linear heads on one trunk; the checkpoint's single label is the mean head.
+
+    q_m = link(head_m · hidden) for ensemble member m, and Q = link(mean_m head_m · hidden).
+
+    Args:
+        model: a sequence-classification model with one label: its trunk is used, its `score` is the mean head.
+        link: from the scalar to Q.
+        heads: [M, hidden] ensemble heads.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, link: Link, heads: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.link: Link = link
+        self.heads = nn.Parameter(heads.float())
+        self.model.score.weight.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def from_policy(cls, folder: str | Path, *, link: Link, num_heads: int, pad_id: int, seed: int) -> "QFunction":
+        """A new Q-function on a policy's weights (a folder or a hub id), with small random heads."""
+        model = _load_classifier(folder)
+        model.config.pad_token_id = pad_id
+        generator = torch.Generator().manual_seed(seed)
+        heads = 0.02 * torch.randn(num_heads, model.config.get_text_config().hidden_size, generator=generator)
+        return cls(model, link=link, heads=heads)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str = "cpu") -> "QFunction":
+        """Loads a checkpoint of `save`; a plain one-label checkpoint without our JSON is refused by name."""
+        card = load_card(folder)
+        model = _load_classifier(folder)
+        heads = load_file(Path(folder) / "heads.safetensors")["heads"]
+        return cls(model, link=card.link, heads=heads).to(device)
+
+    def save(self, folder: Path, card: QFunctionCard, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Writes a transformers sequence-classification folder, the ensemble's heads and `q_function.json`."""
+        with torch.no_grad():
+            self.model.score.weight.copy_(self.heads.mean(0, keepdim=True))
+        self.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        save_file({"heads": self.heads.detach().cpu().contiguous()}, folder / "heads.safetensors")
+        text = json.dumps({"schema": 1, **asdict(card)}, indent=1, allow_nan=False)
+        (folder / "q_function.json").write_text(text + "\n", encoding="utf-8")
+
+    @property
+    def device(self) -> torch.device:
+        return self.heads.device
+
+    def hidden(self, token_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """The trunk's last hidden states [B, T, hidden], float32."""
+        output = self.model.base_model(
+            input_ids=token_BT.to(self.device), attention_mask=mask_BT.long().to(self.device), use_cache=False
+        )
+        return output.last_hidden_state.float()
+
+    def forward(self, token_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Every ensemble member's scalar, before the link, at every token: [B, T, M]."""
+        return self.hidden(token_BT, mask_BT) @ self.heads.T
+
+    def to_value(self, scalar: Tensor) -> Tensor:
+        """The link."""
+        return scalar.sigmoid() if self.link == "logistic" else scalar
+
+    @torch.no_grad()
+    def ensemble_scalars(
+        self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int
+    ) -> Tensor:
+        """Every member's scalar, before the link, at the last token of each response: [B, M] on the CPU."""
+        rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        scalar_BM = torch.zeros(len(rows), self.heads.shape[0])
+        for batch in micro_batches([len(row) for row in rows], tokens_per_batch=4 * tokens_per_batch):
+            token_BT, mask_BT = pad_right([rows[b] for b in batch])
+            hidden_BTD = self.hidden(token_BT, mask_BT)
+            last_B = mask_BT.sum(1).to(self.device) - 1
+            last_BD = hidden_BTD[torch.arange(len(batch), device=self.device), last_B]
+            scalar_BM[batch] = (last_BD @ self.heads.T).cpu()
+        return scalar_BM
+
+    def values(self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int) -> Tensor:
+        """Q = link(mean head · hidden) of each response [B]: what the one-label checkpoint gives."""
+        return self.to_value(self.ensemble_scalars(prompts, responses, tokens_per_batch=tokens_per_batch).mean(1))
+
+    def pessimistic_values(
+        self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, pessimism: float, tokens_per_batch: int
+    ) -> Tensor:
+        """Ensemble mean minus `pessimism` standard deviations of each response [B]: the improvement step's reward."""
+        scalar_BM = self.ensemble_scalars(prompts, responses, tokens_per_batch=tokens_per_batch)
+        return lower_confidence(self.to_value(scalar_BM), pessimism=pessimism)
+
+    @torch.no_grad()
+    def read(
+        self, rows: Sequence[TokenIds], positions: Sequence[Sequence[int]], *, tokens_per_batch: int
+    ) -> list[list[float]]:
+        """Q's scalar, before the link, at given token positions of each row, in one pass a row."""
+        read: list[list[float]] = [[] for _ in rows]
+        for batch in micro_batches([len(row) for row in rows], tokens_per_batch=4 * tokens_per_batch):
+            token_BT, mask_BT = pad_right([rows[b] for b in batch])
+            scalar_BT = self(token_BT, mask_BT).mean(-1).cpu()
+            for b, row in enumerate(batch):
+                read[row] = scalar_BT[b, list(positions[row])].tolist()
+        return read
+
+
+class TokenValue(nn.Module):
+    """The token-level value of PPO, started from a Q-function: Q's reading at every token, link included."""
+
+    def __init__(self, q_function: QFunction) -> None:
+        super().__init__()
+        self.q_function = q_function
+
+    def forward(self, token_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Value of the prefix that ends at each token: [B, T]."""
+        return self.q_function.to_value(self.q_function(token_BT, mask_BT).mean(-1))
+
+
+def load_card(folder: str | Path) -> QFunctionCard:
+    """Reads `q_function.json`. Raises ValueError with one line where there is none or it is broken."""
+    path = Path(folder) / "q_function.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        schema = fields.pop("schema")
+        card = QFunctionCard(**fields)
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no Q-function checkpoint (q_function.json is missing)") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a Q-function card: {error}") from error
+    if schema != 1 or card.link not in ("identity", "logistic"):
+        raise ValueError(f"{path}: schema {schema!r} with link {card.link!r} is not known to this version")
+    return card
+
+
+def _load_classifier(folder: str | Path) -> PreTrainedModel:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"Q-function cannot be loaded from {str(folder)!r}: {reason}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)

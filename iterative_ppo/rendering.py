@@ -1,0 +1,184 @@
+"""Chats to token ids: what exactly the policy reads, and which tokens are its response.
+
+A chat is a sequence of `{"role": ..., "content": ...}` messages. A prompt is the chat rendered by the model's own
+template, up to and including the generation prompt; a response is the tokens that the policy adds, its
+end-of-response token included.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+Chat = Sequence[Mapping[str, str]]
+TokenIds = tuple[int, ...]
+
+_PROBE = "PROBE"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderedPrompt:
+    """A prompt as token ids.
+
+    Example:
+        RenderedPrompt(token_ids=(1, 530, 7, 2), num_dropped_messages=0)
+    """
+
+    token_ids: TokenIds
+    num_dropped_messages: int
+    """Oldest messages left out because the conversation is longer than the model's context."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnSequence:
+    """Several decision points of one conversation as one token sequence: each prompt and response is a prefix of it.
+
+    Example:
+        TurnSequence(token_ids=(1, 8, 9, 2, 5, 9, 2), spans=((2, 4), (5, 7)), turns=(0, 1))
+    """
+
+    token_ids: TokenIds
+    spans: tuple[tuple[int, int], ...]
+    """Start and end (exclusive) of each response in `token_ids`."""
+    turns: tuple[int, ...]
+    """Which decision point each span is."""
+
+
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of leading tokens that two sequences share."""
+    length = min(len(a), len(b))
+    if a[:length] == b[:length]:
+        return length
+    return next(i for i in range(length) if a[i] != b[i])
+
+
+def pack_turns(prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> list[TurnSequence]:
+    """Packs the decision points of one conversation, in order, into as few sequences as are exact.
+
+    A decision point joins a sequence when its prompt and response are a prefix of it, so that a causal model reads
+    the same there as from the prompt alone. A template that rewrites the past (thinking dropped from history,
+    oldest messages out of the context) breaks the prefix, and the turn starts a sequence of its own.
+    """
+    packed: list[TurnSequence] = []
+    token_ids: TokenIds = ()
+    spans: list[tuple[int, int]] = []
+    turns: list[int] = []
+    for turn in reversed(range(len(prompts))):
+        own = prompts[turn] + responses[turn]
+        if token_ids[: len(own)] != own:
+            if turns:
+                packed.append(TurnSequence(token_ids=token_ids, spans=tuple(spans[::-1]), turns=tuple(turns[::-1])))
+            token_ids, spans, turns = own, [], []
+        spans.append((len(prompts[turn]), len(own)))
+        turns.append(turn)
+    if turns:
+        packed.append(TurnSequence(token_ids=token_ids, spans=tuple(spans[::-1]), turns=tuple(turns[::-1])))
+    return packed[::-1]
+
+
+class Renderer:
+    """Renders chats with a tokenizer's chat template, inside a model's context.
+
+    Templates differ in what they accept. Where one refuses a system message it is put before the first user
+    message; where one wants the user to speak first, an empty user message is put in front.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        context_tokens: the most tokens that prompt and response may hold together.
+        max_response_tokens: room kept for the response.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or the context leaves no room for a prompt.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, context_tokens: int, max_response_tokens: int) -> None:
+        if tokenizer.chat_template is None:
+            raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruction-tuned model")
+        if context_tokens <= max_response_tokens:
+            raise ValueError(
+                f"a context of {context_tokens} tokens leaves no room for a prompt beside a response of "
+                f"{max_response_tokens} tokens (policy.max_response_tokens)"
+            )
+        self.tokenizer = tokenizer
+        self.prompt_budget = context_tokens - max_response_tokens
+        self._takes_system = self._renders([{"role": "system", "content": _PROBE}, {"role": "user", "content": "a"}])
+        self._takes_assistant_first = self._renders(
+            [{"role": "assistant", "content": _PROBE}, {"role": "user", "content": "a"}]
+        )
+        self._takes_no_user = self._renders([{"role": "system", "content": _PROBE}])
+        self.end_id = self._find_end_id()
+
+    def prompt_text(self, chat: Chat) -> str:
+        """The prompt for the next response, as text."""
+        return self._apply(self._adapted(chat), generate=True)
+
+    def prompt(self, chat: Chat) -> RenderedPrompt:
+        """The prompt for the next response, as tokens.
+
+        Longer than the context: the oldest messages are dropped whole, the system message and the latest message
+        stay; if those alone are too long, the beginning of what is left is cut.
+        """
+        chat = list(chat)
+        num_system = int(bool(chat) and chat[0]["role"] == "system")
+        token_ids = self.encode(self.prompt_text(chat))
+        num_dropped = 0
+        while len(token_ids) > self.prompt_budget and len(chat) > num_system + 1:
+            del chat[num_system]
+            num_dropped += 1
+            token_ids = self.encode(self.prompt_text(chat))
+        return RenderedPrompt(token_ids=token_ids[-self.prompt_budget :], num_dropped_messages=num_dropped)
+
+    def prompt_from_text(self, text: str) -> RenderedPrompt:
+        """A prompt whose exact text was logged; its beginning is cut where it exceeds the context."""
+        return RenderedPrompt(token_ids=self.encode(text)[-self.prompt_budget :], num_dropped_messages=0)
+
+    def response(self, text: str) -> TokenIds:
+        """A response as tokens, with its end-of-response token. The empty response (abstaining) is that token alone."""
+        return (*self.encode(text), self.end_id)
+
+    def response_text(self, token_ids: TokenIds) -> str:
+        """The text that the customer sees."""
+        if token_ids and token_ids[-1] == self.end_id:
+            token_ids = token_ids[:-1]
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def encode(self, text: str) -> TokenIds:
+        """Tokens of a text, nothing added."""
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _adapted(self, chat: Chat) -> list[dict[str, str]]:
+        messages = [{"role": m["role"], "content": m["content"]} for m in chat]
+        if not self._takes_system and messages and messages[0]["role"] == "system":
+            system = messages.pop(0)["content"]
+            if messages and messages[0]["role"] == "user":
+                messages[0]["content"] = f"{system}\n\n{messages[0]['content']}"
+            else:
+                messages.insert(0, {"role": "user", "content": system})
+        first = int(bool(messages) and messages[0]["role"] == "system")
+        if len(messages) == first:
+            needs_user = not self._takes_no_user or not messages
+        else:
+            needs_user = not self._takes_assistant_first and messages[first]["role"] == "assistant"
+        if needs_user:
+            messages.insert(first, {"role": "user", "content": ""})
+        return messages
+
+    def _apply(self, messages: list[dict[str, str]], *, generate: bool) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+
+    def _renders(self, messages: list[dict[str, str]]) -> bool:
+        try:
+            return _PROBE in self._apply(messages, generate=True)
+        except TemplateError:
+            return False
+
+    def _find_end_id(self) -> int:
+        """The first token that the template writes after a response; a tokenizer's EOS where it writes none."""
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+        tail = self.encode(self._apply(chat, generate=False).rpartition(_PROBE)[2])
+        if tail:
+            return tail[0]
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(f"{self.tokenizer.name_or_path}: neither the chat template nor the tokenizer ends a response")
+        return self.tokenizer.eos_token_id

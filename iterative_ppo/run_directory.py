@@ -1,0 +1,186 @@
+"""A run on disk: one folder an iteration, one folder a stage, each written beside and renamed into place when whole.
+
+A stage folder that exists is complete; one that was being written when the process died carries another name and is
+thrown away. That is all that `--resume` needs.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from iterative_ppo import config as config_module
+from iterative_ppo.config import Config, ConfigError
+
+SCHEMA = 1
+_LIBRARIES = ("iterative-ppo", "torch", "transformers", "numpy", "gymnasium")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A finished stage.
+
+    Example:
+        Stage(folder=Path("runs/a/iteration-001/fit"), metrics={"passes": 6}, seconds=21.4)
+    """
+
+    folder: Path
+    metrics: dict[str, Any]
+    seconds: float
+
+
+class RunDirectory:
+    """A run's folder. Opening one checks that it belongs to the configuration.
+
+    Args:
+        path: the folder; made if it does not exist.
+        config: the run's configuration; written to `config.toml`.
+        resume: whether stages that are there may be used.
+
+    Raises:
+        ConfigError: the folder holds something and `resume` is off, or holds a run of another configuration.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, path: Path, config: Config, *, resume: bool) -> None:
+        self.path = path
+        self.config = config
+        config_file = path / "config.toml"
+        if config_file.exists() and resume:
+            _require_same(config_module.from_dict(config_module.load(config_file)), config, path)
+        elif path.exists() and any(path.iterdir()):
+            hint = "add --resume to go on with it, or " if config_file.exists() else ""
+            raise ConfigError(f"{path}: the folder is not empty; {hint}choose another with --out")
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(config_file, config_module.to_toml(config))
+
+    def stage(
+        self,
+        name: str,
+        *,
+        seed: int,
+        parents: Mapping[str, Path],
+        make: Callable[[Path], Mapping[str, Any]],
+    ) -> Stage:
+        """Does a stage, or finds it done.
+
+        Args:
+            name: folder below the run's, as `iteration-001/fit`.
+            seed: the stage's seed, for the manifest.
+            parents: what the stage reads, by role.
+            make: writes the stage's files into the folder it is given and returns its metrics.
+        """
+        folder = self.path / name
+        manifest = folder / "manifest.json"
+        if manifest.exists():
+            done = json.loads(manifest.read_text(encoding="utf-8"))
+            return Stage(folder=folder, metrics=done["metrics"], seconds=done["seconds"])
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        started = time.perf_counter()
+        metrics = to_json(make(partial))
+        seconds = time.perf_counter() - started
+        write_json(
+            partial / "manifest.json",
+            {
+                "schema": SCHEMA,
+                "stage": name,
+                "seed": seed,
+                "parents": {role: os.path.relpath(parent, self.path) for role, parent in parents.items()},
+                "metrics": metrics,
+                "seconds": seconds,
+                "versions": library_versions(),
+                "git_commit": git_commit(),
+                "config": to_json(config_module.to_dict(self.config)),
+            },
+        )
+        for file in partial.rglob("*"):
+            _sync(file)
+        partial.rename(folder)
+        _sync(folder.parent)
+        return Stage(folder=folder, metrics=metrics, seconds=seconds)
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses, tuples and paths as JSON values; NaN and infinities as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    match value:
+        case Mapping():
+            return {str(key): to_json(item) for key, item in value.items()}
+        case list() | tuple():
+            return [to_json(item) for item in value]
+        case float() if not math.isfinite(value):
+            return None
+        case Path():
+            return str(value)
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON, whole or not at all."""
+    write_text(path, json.dumps(to_json(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    _sync(partial)
+    partial.replace(path)
+
+
+@functools.cache
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a run's numbers."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """The commit of the checkout that this package is run from; None where it is not one."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    is_ours = (here.parent / ".git").exists()
+    return result.stdout.strip() if result.returncode == 0 and is_ours else None
+
+
+def _require_same(known: Config, wanted: Config, path: Path) -> None:
+    """The same settings, but for how many iterations: a run may be continued for longer."""
+    flat_known, flat_wanted = _flat(known), _flat(wanted)
+    for name, value in flat_known.items():
+        if name != "iterations.count" and flat_wanted[name] != value:
+            raise ConfigError(f"{path}: is a run with {name} = {value!r}, not {flat_wanted[name]!r}; choose another --out")
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config_module.to_dict(config).items():
+        if name in config_module.SECTIONS:
+            flat |= {f"{name}.{key}": item for key, item in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

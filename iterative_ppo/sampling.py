@@ -1,0 +1,203 @@
+"""Batched sampling of responses with a key-value cache that lives as long as the conversation.
+
+Each row remembers the tokens it has cached and where they lie. A new prompt keeps the longest prefix that it
+shares with them and encodes the rest: with a template that only appends, a conversation's tokens are encoded once,
+and with one that rewrites the past (or a context that overflows) the result is the same, only slower.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from iterative_ppo.losses import token_logprobs
+from iterative_ppo.rendering import TokenIds, common_prefix_length
+
+_CACHE_CHUNK_SLOTS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledResponses:
+    """Responses, one a prompt, with the log-probabilities of the distribution that they were drawn from.
+
+    Example:
+        SampledResponses(token_ids=((8, 9, 2), (9, 2)), token_logprobs=((-.1, -2.3, -.2), (-1.2, -.1)))
+    """
+
+    token_ids: tuple[TokenIds, ...]
+    """End-of-response token included; absent where the response was cut at the cap."""
+    token_logprobs: tuple[tuple[float, ...], ...]
+
+
+class _GrowingLayer(DynamicLayer):
+    """A cache layer that grows in chunks: appending a token copies that token, not the whole cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if self._buffers is None or end > self._buffers[0].shape[-2]:
+            shape = (*key_states.shape[:-2], end + _CACHE_CHUNK_SLOTS)
+            grown = (
+                key_states.new_empty((*shape, key_states.shape[-1])),
+                value_states.new_empty((*shape, value_states.shape[-1])),
+            )
+            if start:
+                grown[0][..., :start, :] = self.keys
+                grown[1][..., :start, :] = self.values
+            self._buffers = grown
+        self._buffers[0][..., start:end, :] = key_states
+        self._buffers[1][..., start:end, :] = value_states
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def replace(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values, self._buffers = keys, values, None
+
+
+class ConversationCache:
+    """Samples responses for a batch of conversations, turn after turn, keeping what was encoded.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        end_id: the token that ends a response.
+        temperature: logits are divided by it; the policy *is* this distribution.
+        max_response_tokens: a longer response is cut there, without an end-of-response token.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, end_id: int, temperature: float, max_response_tokens: int) -> None:
+        self.model = model
+        self.end_id = end_id
+        self.temperature = temperature
+        self.max_response_tokens = max_response_tokens
+        self.num_encoded_tokens = 0
+        self._reset(0)
+
+    def sample(self, prompts: Sequence[TokenIds], uniforms_BT: np.ndarray) -> SampledResponses:
+        """Draws one response a prompt by inverting its cumulative distribution at the given uniform numbers.
+
+        Args:
+            prompts: one a row; the rows are those of the last call, less those dropped by `keep`.
+            uniforms_BT: uniform numbers in [0, 1), [B, max_response_tokens]. A row's response depends on its own
+                numbers alone, so it is the same in any batch.
+        """
+        if len(self._token_ids) != len(prompts):
+            self._reset(len(prompts))
+        with torch.inference_mode():
+            self._encode([prompt[:-1] for prompt in prompts])
+            return self._decode([prompt[-1] for prompt in prompts], uniforms_BT)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keeps the given rows, in that order (a row may be kept several times), and forgets the others."""
+        self._token_ids = [list(self._token_ids[row]) for row in rows]
+        self._slots = [list(self._slots[row]) for row in rows]
+        index = torch.tensor(rows, dtype=torch.long, device=self.model.device)
+        self._mask_BS = self._mask_BS[index]
+        for layer in self._layers():
+            layer.replace(layer.keys[index], layer.values[index])
+
+    def _reset(self, num_rows: int) -> None:
+        num_layers = self.model.config.get_text_config().num_hidden_layers
+        self._cache = Cache(layers=[_GrowingLayer() for _ in range(num_layers)])
+        self._token_ids: list[list[int]] = [[] for _ in range(num_rows)]
+        self._slots: list[list[int]] = [[] for _ in range(num_rows)]
+        self._mask_BS = torch.zeros((num_rows, 0), dtype=torch.long, device=self.model.device)
+
+    def _layers(self) -> list[Any]:
+        return [layer for layer in self._cache.layers if layer.is_initialized]
+
+    def _encode(self, prefixes: Sequence[TokenIds]) -> None:
+        """Brings every row's cache to exactly its prefix: forgets what differs, encodes what is missing."""
+        fresh: list[list[int]] = []
+        for row, prefix in enumerate(prefixes):
+            shared = common_prefix_length(tuple(self._token_ids[row]), prefix)
+            if shared < len(self._token_ids[row]):
+                self._mask_BS[row, self._slots[row][shared:]] = 0
+                del self._token_ids[row][shared:], self._slots[row][shared:]
+            fresh.append(list(prefix[shared:]))
+        self._compact()
+        width = max((len(tokens) for tokens in fresh), default=0)
+        if width:
+            self._append(fresh, width)
+
+    def _append(self, fresh: Sequence[Sequence[int]], width: int) -> Tensor:
+        """Runs the model over new tokens of every row (padded on the right). Returns the last slot's logits [B, V]."""
+        start = self._mask_BS.shape[1]
+        block = np.zeros((3, len(fresh), width), dtype=np.int64)
+        token_BT, mask_BT, position_BT = block
+        for row, tokens in enumerate(fresh):
+            token_BT[row, : len(tokens)] = tokens
+            mask_BT[row, : len(tokens)] = 1
+            position_BT[row] = np.minimum(len(self._token_ids[row]) + np.arange(width), self._last_position(row, tokens))
+            self._token_ids[row].extend(tokens)
+            self._slots[row].extend(range(start, start + len(tokens)))
+            self.num_encoded_tokens += len(tokens)
+        token, mask, position = torch.from_numpy(block).to(self.model.device)
+        self._mask_BS = torch.cat([self._mask_BS, mask], dim=1)
+        output = self.model(
+            input_ids=token,
+            attention_mask=self._mask_BS,
+            position_ids=position,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+    def _last_position(self, row: int, tokens: Sequence[int]) -> int:
+        return len(self._token_ids[row]) + max(len(tokens) - 1, 0)
+
+    def _decode(self, last_tokens: Sequence[int], uniforms_BT: np.ndarray) -> SampledResponses:
+        num_rows = len(last_tokens)
+        token_ids: list[list[int]] = [[] for _ in range(num_rows)]
+        logprobs: list[list[float]] = [[] for _ in range(num_rows)]
+        step: list[list[int]] = [[token] for token in last_tokens]
+        for t in range(self.max_response_tokens):
+            logits_BV = self._append(step, 1).float() / self.temperature
+            uniform_B = torch.from_numpy(np.ascontiguousarray(uniforms_BT[:, t])).to(logits_BV.device)
+            token_B = _invert_cumulative(logits_BV, uniform_B)
+            logprob_B = token_logprobs(logits_BV, token_B).tolist()
+            for row, token in enumerate(token_B.tolist()):
+                if step[row]:
+                    token_ids[row].append(token)
+                    logprobs[row].append(logprob_B[row])
+                    step[row] = [] if token == self.end_id else [token]
+            if not any(step):
+                break
+        return SampledResponses(token_ids=tuple(map(tuple, token_ids)), token_logprobs=tuple(map(tuple, logprobs)))
+
+    def _compact(self) -> None:
+        """Gathers the live slots to the left once padding and forgotten tokens are the larger half."""
+        width = max((len(slots) for slots in self._slots), default=0)
+        if self._mask_BS.shape[1] < 2 * width + _CACHE_CHUNK_SLOTS:
+            return
+        index_BS = torch.zeros((len(self._slots), width), dtype=torch.long)
+        mask_BS = torch.zeros_like(index_BS)
+        for row, slots in enumerate(self._slots):
+            index_BS[row, : len(slots)] = torch.tensor(slots)
+            mask_BS[row, : len(slots)] = 1
+            self._slots[row] = list(range(len(slots)))
+        self._mask_BS = mask_BS.to(self.model.device)
+        index_BHSD = index_BS.to(self.model.device)[:, None, :, None]
+        for layer in self._layers():
+            layer.replace(*(
+                states.gather(2, index_BHSD.expand(-1, states.shape[1], -1, states.shape[3]))
+                for states in (layer.keys, layer.values)
+            ))
+
+
+def _invert_cumulative(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The token at which each row's cumulative distribution passes its uniform number, in float64."""
+    cumulative_BV = logits_BV.double().softmax(-1).cumsum(-1)
+    threshold_B1 = uniform_B.double()[:, None] * cumulative_BV[:, -1:]
+    return torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1).clamp(max=logits_BV.shape[1] - 1)

@@ -1,0 +1,444 @@
+"""The stages of an iteration, each from folders to a folder."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from iterative_ppo.config import Config
+from iterative_ppo.conversations import (
+    Conversation,
+    chat_messages,
+    read_conversations,
+    split_by_group,
+    turn_rewards,
+    write_conversations,
+)
+from iterative_ppo.environments.rollout import RolloutStatistics, TextEnvironment, collect, collect_scripted
+from iterative_ppo.improvement import native
+from iterative_ppo.improvement.base import RewardFunction
+from iterative_ppo.intervals import Interval, clustered_interval, mean_interval
+from iterative_ppo.policy import Policy
+from iterative_ppo.q_fit import LabelledSequence, fit_q_function, predict
+from iterative_ppo.q_function import QFunction, QFunctionCard, TokenValue
+from iterative_ppo.q_report import QReport, assess
+from iterative_ppo.rendering import TokenIds
+from iterative_ppo.run_directory import RunDirectory, Stage, to_json, write_json
+from iterative_ppo.supervised import Progress
+from iterative_ppo.turns_to_tokens import all_prompts, labelled_sequences, response_sequences, tokenize
+
+_START, _COLLECT, _FIT, _IMPROVE, _EVALUATE = range(5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """The gate's evidence: candidate and current policy on the same fresh customers.
+
+    Example:
+        Trial(candidate=Interval(mean=.5, low=.47, high=.53), current=Interval(mean=.4, low=.37, high=.43),
+              difference=Interval(mean=.1, low=.07, high=.13), decision="promote")
+    """
+
+    candidate: Interval
+    current: Interval
+    difference: Interval
+    """Paired by conversation; its `low` is the one-sided lower bound at the configured confidence."""
+    decision: str
+
+
+def gate(candidate_H: Sequence[float], current_H: Sequence[float], *, confidence: float) -> Trial:
+    """Promotes the candidate if it is better than the current policy with the given one-sided confidence.
+
+    Args:
+        candidate_H, current_H: total reward of conversation i under each policy, on common random numbers.
+    """
+    difference = np.asarray(candidate_H) - np.asarray(current_H)
+    paired = clustered_interval(difference, np.arange(len(difference)), confidence=2 * confidence - 1)
+    return Trial(
+        candidate=mean_interval(candidate_H),
+        current=mean_interval(current_H),
+        difference=paired,
+        decision="promote" if paired.low > 0 else "hold",
+    )
+
+
+def total_reward(conversation: Conversation) -> float:
+    """Sum of a finished conversation's rewards, the outcome included."""
+    rewards = turn_rewards(conversation)
+    assert rewards is not None
+    return sum(rewards)
+
+
+class Stages:
+    """The stages of one run; every one is done once and found done afterwards.
+
+    Args:
+        directory: the run's folder, which holds its configuration.
+        make_environment: makes the simulator.
+        progress: shows what is going on.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, make_environment: Callable[[], TextEnvironment], progress: Progress
+    ) -> None:
+        self.directory = directory
+        self.config: Config = directory.config
+        self.make_environment = make_environment
+        self.progress = progress
+        self.device = resolve_device(self.config.compute.device)
+
+    def start(self) -> Stage:
+        """π_0: a model cloned from logs, or a pretrained one as it is."""
+        config = self.config
+
+        def make(folder: Path) -> dict[str, Any]:
+            logs = Path(config.policy.logs) if config.policy.logs else None
+            if logs is None and config.policy.start == "tiny":
+                logs = folder / "scripted.jsonl"
+                self._write_scripted(logs)
+            policy, metrics = start_policy(config, logs, seed=self._seed(0, _START), progress=self.progress)
+            policy.save(folder / "policy")
+            return metrics
+
+        return self._stage(0, "start", _START, {}, make)
+
+    def collect(self, iteration: int, policy: Stage) -> Stage:
+        """Conversations of the current policy: the batch that its Q-function is fitted to."""
+
+        def make(folder: Path) -> dict[str, Any]:
+            return self._collect(
+                folder / "conversations.jsonl",
+                policy,
+                num_conversations=self.config.iterations.conversations,
+                seed=self._seed(iteration, _COLLECT),
+            )
+
+        return self._stage(iteration, "collect", _COLLECT, {"policy": policy}, make)
+
+    def fit(self, iteration: int, policy: Stage, batches: Sequence[Stage], previous: Stage | None) -> Stage:
+        """Q of the current policy, by regression on the returns of its own conversations."""
+
+        def make(folder: Path) -> dict[str, Any]:
+            fitted = fit_q_from_logs(
+                self.config,
+                self._load(policy),
+                _read_batches(batches),
+                start=previous.folder / "q_function" if previous else policy.folder / "policy",
+                name=str(policy.folder.relative_to(self.directory.path)),
+                seed=self._seed(iteration, _FIT),
+                progress=self.progress,
+            )
+            fitted.save(folder)
+            return fitted.metrics()
+
+        parents = {"policy": policy, **{f"batch_{i}": batch for i, batch in enumerate(batches)}}
+        return self._stage(iteration, "fit", _FIT, parents | ({"start": previous} if previous else {}), make)
+
+    def improve(
+        self, iteration: int, policy: Stage, q_function: Stage, batches: Sequence[Stage], num_holds: int
+    ) -> Stage:
+        """The single-turn step: token-level RL from the current policy on its own prompts, Q as the reward."""
+
+        def make(folder: Path) -> dict[str, Any]:
+            return improve_from_logs(
+                self.config,
+                self._load(policy),
+                QFunction.load(q_function.folder / "q_function", device=self.device),
+                _read_batches(batches),
+                folder,
+                kl_target=self.config.improvement.kl_target * 0.5**num_holds,
+                seed=self._seed(iteration, _IMPROVE),
+                progress=self.progress,
+            )
+
+        parents = {"policy": policy, "q_function": q_function, **{f"batch_{i}": b for i, b in enumerate(batches)}}
+        return self._stage(iteration, "improve", _IMPROVE, parents, make)
+
+    def evaluate(self, iteration: int, current: Stage, candidate: Stage | None) -> Stage:
+        """Candidate and current policy on fresh customers, the same for both; the gate's decision."""
+        seed = self._seed(iteration, _EVALUATE)
+
+        def rewards(file: Path, policy: Stage) -> list[float]:
+            self._collect(file, policy, num_conversations=self.config.evaluation.conversations, seed=seed)
+            return [total_reward(conversation) for conversation in read_conversations(file)]
+
+        def make(folder: Path) -> dict[str, Any]:
+            current_rewards = rewards(folder / "current.jsonl", current)
+            if candidate is None:
+                return {"current": to_json(mean_interval(current_rewards))}
+            candidate_rewards = rewards(folder / "candidate.jsonl", candidate)
+            return to_json(gate(candidate_rewards, current_rewards, confidence=self.config.evaluation.confidence))
+
+        parents = {"current": current} | ({"candidate": candidate} if candidate else {})
+        return self._stage(iteration, "evaluate", _EVALUATE, parents, make)
+
+    def _stage(
+        self, iteration: int, name: str, seed_key: int, parents: dict[str, Stage], make: Callable[[Path], dict[str, Any]]
+    ) -> Stage:
+        return self.directory.stage(
+            f"iteration-{iteration:03d}/{name}",
+            seed=self._seed(iteration, seed_key),
+            parents={role: parent.folder for role, parent in parents.items()},
+            make=make,
+        )
+
+    def _seed(self, iteration: int, stage: int) -> int:
+        return int(np.random.SeedSequence([self.config.seed, iteration, stage]).generate_state(1)[0])
+
+    def _load(self, stage: Stage) -> Policy:
+        return Policy.load(stage.folder / "policy", self.config.policy, device=self.device)
+
+    def _collect(self, file: Path, policy: Stage, *, num_conversations: int, seed: int) -> dict[str, Any]:
+        statistics = RolloutStatistics()
+        write_conversations(
+            file,
+            collect(
+                self._load(policy),
+                self.make_environment,
+                num_conversations=num_conversations,
+                seed=seed,
+                max_turns=self.config.environment.max_turns,
+                lockstep=self.config.compute.rollout_conversations,
+                name=policy.folder.parent.name,
+                statistics=statistics,
+                progress=self.progress,
+            ),
+        )
+        return {"num_conversations": num_conversations, **to_json(statistics)}
+
+    def _write_scripted(self, file: Path) -> None:
+        environment = self.make_environment()
+        if not hasattr(environment, "scripted_response"):
+            raise ValueError(
+                f"environment {type(environment).__name__} has no scripted_response(messages, generator) to write the "
+                "first conversations: give some in policy.logs, or a pretrained model as policy.start"
+            )
+        conversations = collect_scripted(
+            self.make_environment,
+            num_conversations=self.config.iterations.conversations,
+            seed=self._seed(0, _START),
+            max_turns=self.config.environment.max_turns,
+        )
+        write_conversations(file, conversations)
+
+
+def start_policy(
+    config: Config, logs: Path | None, *, seed: int, progress: Progress
+) -> tuple[Policy, dict[str, Any]]:
+    """The start policy, cloned from the logs where there are any."""
+    device = resolve_device(config.compute.device)
+    conversations = list(read_conversations(logs)) if logs else []
+    if config.policy.start == "tiny":
+        if not conversations:
+            raise ValueError('policy.logs: policy.start = "tiny" needs conversations to learn its language from')
+        texts = (message["content"] for c in conversations for message in chat_messages(c.messages))
+        policy = Policy.tiny(texts, config.policy, seed=seed, device=device)
+    else:
+        policy = Policy.load(config.policy.start, config.policy, device=device)
+    metrics: dict[str, Any] = {"num_parameters": policy.num_parameters}
+    if not conversations or config.policy.clone_passes == 0:
+        return policy, metrics
+    groups: list[str] = []
+    sequences = []
+    for conversation in conversations:
+        for sequence in response_sequences(tokenize(conversation, policy.renderer)):
+            sequences.append(sequence)
+            groups.append(conversation.id)
+    if len(set(groups)) < 2:
+        raise ValueError(f"{logs}: fewer than two conversations with an assistant turn: nothing to clone from")
+    history = policy.clone(
+        sequences,
+        held_out=split_by_group(groups, held_out_share=0.1, seed=seed).tolist(),
+        tokens_per_batch=config.compute.tokens_per_batch,
+        generator=np.random.default_rng(seed),
+        progress=progress,
+    )
+    return policy, metrics | {"num_conversations": len(conversations), "clone": to_json(history)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedQ:
+    """A Q-function with its held-out report."""
+
+    q_function: QFunction
+    policy: Policy
+    card: QFunctionCard
+    report: QReport
+    counts: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Writes the checkpoint and the report."""
+        self.q_function.save(folder / "q_function", self.card, self.policy.tokenizer)
+        write_json(folder / "report.json", self.report)
+
+    def metrics(self) -> dict[str, Any]:
+        """What the manifest and the tables show."""
+        return {**self.counts, **self.card.metrics, "warnings": list(self.report.warnings)}
+
+
+def fit_q_from_logs(
+    config: Config,
+    policy: Policy,
+    conversations: Sequence[Conversation],
+    *,
+    start: str | Path,
+    name: str,
+    seed: int,
+    progress: Progress,
+    groups: Sequence[str] | None = None,
+) -> FittedQ:
+    """Fits Q to labelled conversations and assesses it on those held out.
+
+    Args:
+        start: folder whose weights it starts from: a Q-function's, or a policy's.
+        name: what the checkpoint calls the policy that it evaluates.
+        groups: one a conversation; conversations of one group fall on one side of the split. Default: their ids.
+    """
+    q_config = config.q_function
+    sequences, counts = labelled(conversations, policy, gamma=q_config.gamma, groups=groups)
+    if len({sequence.group for sequence in sequences}) < 4:
+        raise ValueError("fewer than four conversations with a known outcome: no Q-function can be fitted")
+    if (Path(start) / "q_function.json").exists():
+        q_function = QFunction.load(start)
+    else:
+        q_function = QFunction.from_policy(
+            start, link=q_config.link, num_heads=q_config.num_heads, pad_id=policy.pad_id, seed=seed
+        )
+    q_function.to(policy.device)
+    held_out = split_by_group(
+        [sequence.group for sequence in sequences], held_out_share=q_config.held_out_share, seed=seed
+    )
+    history = fit_q_function(
+        q_function,
+        sequences,
+        held_out=held_out.tolist(),
+        config=q_config,
+        tokens_per_batch=config.compute.tokens_per_batch,
+        generator=np.random.default_rng(seed),
+        progress=progress,
+    )
+    test = [sequence for sequence, out in zip(sequences, held_out, strict=True) if out]
+    train = [sequence for sequence, out in zip(sequences, held_out, strict=True) if not out]
+    tokens_per_batch = config.compute.tokens_per_batch
+    report = assess(
+        predict(q_function, test, tokens_per_batch=tokens_per_batch),
+        constant=_mean_return(train),
+        loss="cross_entropy" if q_config.loss == "binary_cross_entropy" else "squared_error",
+    )
+    card = QFunctionCard(
+        link=q_config.link,
+        gamma=q_config.gamma,
+        target="monte_carlo",
+        policy=name,
+        metrics=to_json(
+            {
+                "num_passes": len(history.train_losses),
+                "best_pass": history.best_pass,
+                "held_out_losses": history.held_out_losses,
+                "loss": report.loss,
+                "constant_loss": report.constant_loss,
+                "state_only_loss": report.state_only_loss,
+                "state_only_gain": report.state_only_gain,
+                report.measure: report.discrimination,
+                "ece": report.ece,
+            }
+        ),
+    )
+    return FittedQ(q_function=q_function, policy=policy, card=card, report=report, counts=counts)
+
+
+def labelled(
+    conversations: Sequence[Conversation], policy: Policy, *, gamma: float, groups: Sequence[str] | None = None
+) -> tuple[list[LabelledSequence], dict[str, Any]]:
+    """All labelled sequences of conversations, and counts of what was left out and why."""
+    sequences: list[LabelledSequence] = []
+    num_unlabelled = num_dropped = 0
+    for i, conversation in enumerate(conversations):
+        turns = tokenize(conversation, policy.renderer)
+        num_dropped += turns.num_dropped_messages
+        group = groups[i] if groups is not None else f"{i}:{conversation.id}"
+        own = labelled_sequences(conversation, turns, gamma=gamma, group=group)
+        num_unlabelled += not own
+        sequences += own
+    counts = {
+        "num_conversations": len(conversations),
+        "num_unlabelled": num_unlabelled,
+        "num_dropped_messages": num_dropped,
+    }
+    return sequences, counts
+
+
+def improve_from_logs(
+    config: Config,
+    policy: Policy,
+    q_function: QFunction,
+    conversations: Sequence[Conversation],
+    folder: Path,
+    *,
+    kl_target: float,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """One improvement step on the conversations' prompts; writes candidate and updates into the folder."""
+    tokens_per_batch = config.compute.tokens_per_batch
+    prompts = all_prompts(tokenize(conversation, policy.renderer) for conversation in conversations)
+    if not prompts:
+        raise ValueError("the conversations hold no assistant turn: there is no prompt to improve on")
+    improvement = native.improve(
+        policy,
+        prompts,
+        q_reward(q_function, pessimism=config.q_function.pessimism, tokens_per_batch=tokens_per_batch),
+        dataclasses.replace(config.improvement, kl_target=kl_target),
+        token_value=TokenValue(q_function),
+        generator=np.random.default_rng(seed),
+        tokens_per_batch=tokens_per_batch,
+        progress=progress,
+    )
+    improvement.candidate.save(folder / "policy")
+    write_json(folder / "updates.json", improvement.updates)
+    first, last = improvement.updates[0], improvement.updates[-1]
+    return {
+        "num_prompts": len(prompts),
+        "num_updates": len(improvement.updates),
+        "stop_reason": improvement.stop_reason,
+        "kl": improvement.kl,
+        "kl_target": kl_target,
+        "reward_first": first.reward_mean,
+        "reward_last": last.reward_mean,
+        "entropy_first": first.entropy,
+        "entropy_last": last.entropy,
+    }
+
+
+def q_reward(q_function: QFunction, *, pessimism: float, tokens_per_batch: int) -> RewardFunction:
+    """Q as the reward function of the single-turn problem."""
+
+    def reward(prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> torch.Tensor:
+        return q_function.pessimistic_values(prompts, responses, pessimism=pessimism, tokens_per_batch=tokens_per_batch)
+
+    return reward
+
+
+def resolve_device(device: str) -> str:
+    """`auto` as a device name; ValueError where the device does not exist."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"compute.device: {device!r} is not there: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _read_batches(batches: Iterable[Stage]) -> list[Conversation]:
+    return [c for batch in batches for c in read_conversations(batch.folder / "conversations.jsonl")]
+
+
+def _mean_return(sequences: Sequence[LabelledSequence]) -> float:
+    targets = [t for s in sequences for t, (start, end) in zip(s.returns, s.spans, strict=True) if end > start]
+    return float(np.mean(targets))
+

@@ -1,0 +1,148 @@
+"""Supervised fitting in passes over sequences, with early stopping on a held-out part: cloning and the Q-function."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from iterative_ppo.batching import micro_batches
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is going on, how much of it is done, and out of how much."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Shows nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitHistory:
+    """Losses by pass; the weights kept are those of `best_pass` (0: as they were before the first pass).
+
+    Example:
+        FitHistory(train_losses=(0.61, 0.52), held_out_losses=(0.69, 0.60, 0.55), best_pass=2)
+    """
+
+    train_losses: tuple[float, ...]
+    held_out_losses: tuple[float, ...]
+    """One more than passes: the first is before any training."""
+    best_pass: int
+
+
+def fit_passes(
+    model: nn.Module,
+    loss_sum_and_weight: Callable[[list[int]], tuple[Tensor, Tensor]],
+    lengths: Sequence[int],
+    *,
+    train_rows: Sequence[int],
+    held_out_rows: Sequence[int],
+    max_passes: int,
+    patience_passes: int,
+    learning_rate: float,
+    tokens_per_batch: int,
+    generator: np.random.Generator,
+    what: str,
+    progress: Progress = no_progress,
+) -> FitHistory:
+    """Minimises the mean loss over rows by AdamW with a cosine schedule, and keeps the best pass.
+
+    Args:
+        model: its parameters that require a gradient are fitted; left with the weights of the best pass.
+        loss_sum_and_weight: for a micro-batch of row indices, the summed loss and its weight. Sums of both are
+            accumulated over an optimizer step, so the split into micro-batches changes nothing.
+        lengths: tokens of each row.
+        train_rows: rows to train on; steps hold 1/64 of them, between 8 and 128 rows.
+        held_out_rows: rows that decide when to stop; without any, all passes are made.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+    rows_per_step = int(np.clip(len(train_rows) // 64, 8, 128))
+    steps_per_pass = math.ceil(len(train_rows) / rows_per_step)
+    total_steps = max_passes * steps_per_pass
+    warmup_steps = min(steps_per_pass // 2 + 1, 50)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: (
+            min(1.0, (step + 1) / warmup_steps) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max(total_steps, 1))))
+        ),
+    )
+
+    def held_out_loss() -> float:
+        return mean_loss(model, loss_sum_and_weight, lengths, held_out_rows, tokens_per_batch=tokens_per_batch)
+
+    held_out_losses = [held_out_loss()] if held_out_rows else []
+    train_losses: list[float] = []
+    best_pass, best_weights = 0, copy.deepcopy(model.state_dict())
+    for pass_ in range(1, max_passes + 1):
+        model.train()
+        order = generator.permutation(np.asarray(train_rows))
+        pass_loss, pass_weight = 0.0, 0.0
+        for step in range(steps_per_pass):
+            rows = order[step * rows_per_step : (step + 1) * rows_per_step].tolist()
+            loss, weight = accumulate_gradient(
+                loss_sum_and_weight, rows, [lengths[row] for row in rows], parameters, tokens_per_batch=tokens_per_batch
+            )
+            pass_loss, pass_weight = pass_loss + loss, pass_weight + weight
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress(what, (pass_ - 1) * steps_per_pass + step + 1, total_steps)
+        train_losses.append(pass_loss / pass_weight)
+        if held_out_rows:
+            held_out_losses.append(held_out_loss())
+        if not held_out_rows or held_out_losses[-1] < held_out_losses[best_pass]:
+            best_pass, best_weights = pass_, copy.deepcopy(model.state_dict())
+        elif pass_ - best_pass >= patience_passes:
+            break
+    progress(what, total_steps, total_steps)
+    model.load_state_dict(best_weights)
+    model.eval()
+    return FitHistory(train_losses=tuple(train_losses), held_out_losses=tuple(held_out_losses), best_pass=best_pass)
+
+
+def accumulate_gradient(
+    loss_sum_and_weight: Callable[[list[int]], tuple[Tensor, Tensor]],
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    parameters: Sequence[nn.Parameter],
+    *,
+    tokens_per_batch: int,
+) -> tuple[float, float]:
+    """Adds the gradient of (sum of losses / sum of weights) over rows, in micro-batches of bounded size.
+
+    Returns the sum of losses and the sum of weights.
+    """
+    total_loss, total_weight = 0.0, 0.0
+    for batch in micro_batches(lengths, tokens_per_batch=tokens_per_batch):
+        loss, weight = loss_sum_and_weight([rows[i] for i in batch])
+        loss.backward()
+        total_loss += float(loss.detach())
+        total_weight += float(weight)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.div_(max(total_weight, 1e-12))
+    return total_loss, total_weight
+
+
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module,
+    loss_sum_and_weight: Callable[[list[int]], tuple[Tensor, Tensor]],
+    lengths: Sequence[int],
+    rows: Sequence[int],
+    *,
+    tokens_per_batch: int,
+) -> float:
+    """Weighted mean loss over rows, without training."""
+    model.eval()
+    total_loss, total_weight = 0.0, 0.0
+    for batch in micro_batches([lengths[row] for row in rows], tokens_per_batch=4 * tokens_per_batch):
+        loss, weight = loss_sum_and_weight([rows[i] for i in batch])
+        total_loss += float(loss)
+        total_weight += float(weight)
+    return total_loss / max(total_weight, 1e-12)

@@ -1,0 +1,95 @@
+"""Where turns meet tokens: logged conversations as what the Q-function is fitted to and the policy is prompted with."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from iterative_ppo import returns
+from iterative_ppo.conversations import Conversation, chat_messages, decision_points, turn_rewards
+from iterative_ppo.q_fit import LabelledSequence
+from iterative_ppo.rendering import Renderer, TokenIds, TurnSequence, pack_turns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedTurns:
+    """A conversation's decision points in tokens.
+
+    Example:
+        TokenizedTurns(conversation_id="c-001", prompts=((1, 8),), responses=((9, 2),), num_dropped_messages=0, ...)
+    """
+
+    conversation_id: str
+    prompts: tuple[TokenIds, ...]
+    responses: tuple[TokenIds, ...]
+    messages_seen: tuple[int, ...]
+    """Messages before each response, the system's not counted."""
+    last_state: TokenIds
+    """The prompt after the customer's last word; empty where the policy had the last word."""
+    num_messages: int
+    num_dropped_messages: int
+    """Over all prompts, messages that the context had no room for."""
+
+
+def tokenize(conversation: Conversation, renderer: Renderer) -> TokenizedTurns:
+    """Prompts and responses of a conversation, exactly as the policy reads and writes them."""
+    points = decision_points(conversation)
+    prompts = [
+        renderer.prompt(point.chat) if point.prompt is None else renderer.prompt_from_text(point.prompt)
+        for point in points
+    ]
+    chat = chat_messages(conversation.messages)
+    ends_with_customer = bool(points) and chat[-1]["role"] == "user"
+    return TokenizedTurns(
+        conversation_id=conversation.id,
+        prompts=tuple(prompt.token_ids for prompt in prompts),
+        responses=tuple(renderer.response(point.response) for point in points),
+        messages_seen=tuple(_num_spoken(point.chat) for point in points),
+        last_state=renderer.prompt(chat).token_ids if ends_with_customer else (),
+        num_messages=_num_spoken(chat),
+        num_dropped_messages=sum(prompt.num_dropped_messages for prompt in prompts),
+    )
+
+
+def response_sequences(turns: TokenizedTurns) -> list[TurnSequence]:
+    """What cloning reads: the conversation's responses in as few sequences as are exact."""
+    return pack_turns(turns.prompts, turns.responses)
+
+
+def labelled_sequences(
+    conversation: Conversation, turns: TokenizedTurns, *, gamma: float, group: str
+) -> list[LabelledSequence]:
+    """What the Q-function is fitted to: decision points with their Monte Carlo returns.
+
+    Empty for a censored conversation, one without a known outcome, or one without a decision point: they have no label.
+    """
+    rewards = turn_rewards(conversation)
+    if not rewards:
+        return []
+    reward_1H = np.array([rewards], dtype=np.float64)
+    return_H = returns.monte_carlo(reward_1H, np.ones_like(reward_1H, dtype=bool), gamma=gamma)[0].tolist()
+    prompts, responses, seen = turns.prompts, turns.responses, turns.messages_seen
+    if turns.last_state:
+        prompts, responses = (*prompts, turns.last_state), (*responses, ())
+        return_H, seen = [*return_H, rewards[-1]], (*seen, turns.num_messages)
+    return [
+        LabelledSequence(
+            token_ids=sequence.token_ids,
+            spans=sequence.spans,
+            turns=sequence.turns,
+            returns=tuple(return_H[turn] for turn in sequence.turns),
+            group=group,
+            messages_seen=tuple(seen[turn] for turn in sequence.turns),
+            num_messages=turns.num_messages,
+        )
+        for sequence in pack_turns(prompts, responses)
+    ]
+
+
+def all_prompts(tokenized: Iterable[TokenizedTurns]) -> list[TokenIds]:
+    """The prompts that the policy saw: the data set of the single-turn problem."""
+    return [prompt for turns in tokenized for prompt in turns.prompts]
+
+
+def _num_spoken(chat: Sequence[dict[str, str]]) -> int:
+    return sum(message["role"] != "system" for message in chat)
