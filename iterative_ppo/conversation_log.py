@@ -1,0 +1,223 @@
+"""The log format: JSON Lines, one conversation a line, in OpenAI chat roles.
+
+A log is checked here, once: what this module hands out can be trusted everywhere else. `null` and a missing key mean
+the same for every optional key, and `conversation_to_dict` leaves such keys out; only `end` is always written.
+"""
+
+import errno
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from iterative_ppo.conversation_checks import REPEATED, FieldError, check_conversation, without_nulls
+from iterative_ppo.conversations import Conversation, LogError
+
+BadLines = Literal["error", "skip"]
+
+
+def conversation_from_dict(record: object, *, file: str = "<memory>", line: int = 0) -> Conversation:
+    """Checks one record of the log format and joins consecutive messages of one side.
+
+    Metadata and unknown keys are kept by reference, not copied.
+
+    Raises:
+        LogError: The record is malformed; `file` and `line` are used only to say where.
+    """
+    try:
+        return check_conversation(record)
+    except FieldError as error:
+        raise LogError(file, line, error.field, error.reason) from None
+
+
+def conversation_to_dict(conversation: Conversation) -> dict[str, Any]:
+    """The record that `conversation_from_dict` reads back as an equal conversation.
+
+    Optional keys without a value are left out; `end` is always written, so that a reader need not know its default.
+    """
+    messages = [
+        without_nulls(
+            {
+                "role": message.role,
+                "content": message.content,
+                "suggestion": message.suggestion,
+                "decision": message.decision,
+                "logprob": message.logprob,
+                "prompt": message.prompt,
+                "reward": message.reward,
+                "metadata": message.metadata,
+            }
+        )
+        | message.extra
+        for message in conversation.messages
+    ]
+    known = {
+        "id": conversation.id,
+        "policy": conversation.policy,
+        "messages": messages,
+        "outcome": conversation.outcome,
+        "end": conversation.end,
+        "metadata": conversation.metadata,
+    }
+    return without_nulls(known) | conversation.extra
+
+
+def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        record.update({key: REPEATED for key, count in counts.items() if count > 1})
+    return record
+
+
+# NaN and Infinity are let through here and refused by the checks, which know the field.
+_DECODER = json.JSONDecoder(object_pairs_hook=_json_object, parse_constant=float)
+
+
+def _parse(raw: bytes) -> object:
+    if b"\0" in raw:
+        offset = raw.index(b"\0")
+        raise FieldError("", f"NUL byte at byte offset {offset}: cut by a crash, or UTF-16 and not UTF-8?")
+    try:
+        text = raw.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        bad = f"byte 0x{raw[error.start]:02x} at byte offset {error.start}"
+        raise FieldError("", f"not UTF-8: {bad}") from None
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        near = repr(text[error.pos : error.pos + 20]) if error.pos < len(text) else "the end of the line"
+        cut = "" if raw.endswith(b"\n") else "; the file ends in this line: was it cut off?"
+        raise FieldError("", f"not valid JSON at column {error.pos + 1}, near {near}: {error.msg}{cut}") from None
+    except RecursionError:
+        raise FieldError("", "not readable: nested too deeply") from None
+    except ValueError:
+        # Python's guard against quadratic time; json passes it on without a position.
+        raise FieldError("", "not readable: holds an integer of more than 4,300 digits") from None
+
+
+class Rejects:
+    """Bad lines, byte for byte, in a file that is made when the first one comes."""
+
+    def __init__(self, path: Path, logs: Sequence[Path]) -> None:
+        if path.exists() and any(log.exists() and log.samefile(path) for log in logs):
+            raise ValueError(f"{path} is the log itself: bad lines need a file of their own")
+        self.path = path
+        self.num_lines = 0
+        self._separator = b""
+
+    def add(self, raw: bytes) -> None:
+        with open(self.path, "ab" if self.num_lines else "wb") as file:
+            file.write(self._separator + raw)
+        # Else the unended last line of one log and the first bad line of the next would become one.
+        self._separator = b"" if raw.endswith(b"\n") else b"\n"
+        self.num_lines += 1
+
+
+def read_checked(path: Path, rejects: Rejects | None) -> Iterator[Conversation]:
+    """The conversations of one log; a bad line goes to `rejects`, or raises LogError where there is none."""
+    with open(path, "rb") as log:
+        for line, raw in enumerate(log, start=1):
+            body = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
+            if not body.strip(b" \t\r\n"):
+                continue
+            try:
+                conversation = check_conversation(_parse(body))
+            except FieldError as error:
+                if rejects is None:
+                    raise LogError(str(path), line, error.field, error.reason) from None
+                rejects.add(raw)
+                continue
+            yield conversation
+
+
+def rejects_path(path: Path) -> Path:
+    """Where the bad lines of a log go unless the caller says otherwise."""
+    return path.with_name(path.name + ".rejected")
+
+
+def check_bad_lines(bad_lines: str) -> None:
+    """Refuses what a caller without a type checker may pass."""
+    if bad_lines not in ("error", "skip"):
+        raise ValueError(f"bad_lines must be error or skip, not {bad_lines!r}")
+
+
+class ConversationReader:
+    """The conversations of one log, one line in memory at a time; each `iter()` reads the file anew.
+
+    Attributes:
+        num_skipped: Lines set aside by the latest iteration so far.
+        rejects: Where these lines go, byte for byte; each iteration writes the file anew, and not before a bad line.
+    """
+
+    def __init__(self, path: Path, *, bad_lines: BadLines, rejects: Path) -> None:
+        self.path = path
+        self.bad_lines = bad_lines
+        self.rejects = rejects
+        self.num_skipped = 0
+
+    def __iter__(self) -> Iterator[Conversation]:
+        self.num_skipped = 0
+        if self.bad_lines == "error":
+            yield from read_checked(self.path, None)
+            return
+        rejects = Rejects(self.rejects, [self.path])
+        for conversation in read_checked(self.path, rejects):
+            self.num_skipped = rejects.num_lines
+            yield conversation
+        self.num_skipped = rejects.num_lines
+
+
+def read_conversations(
+    path: str | os.PathLike[str], *, bad_lines: BadLines = "error", rejects: Path | None = None
+) -> ConversationReader:
+    """Reads a log lazily: the file is opened when the iteration starts, and OSErrors come from there.
+
+    Args:
+        path: JSON Lines in UTF-8, one conversation a line; blank lines and a byte order mark are passed over.
+        bad_lines: `error` raises LogError at the first malformed line; `skip` sets such lines aside.
+        rejects: File for the lines set aside; `<path>.rejected` unless given. One for each log: it is written anew.
+    """
+    check_bad_lines(bad_lines)
+    path = Path(path)
+    return ConversationReader(path, bad_lines=bad_lines, rejects=Path(rejects or rejects_path(path)))
+
+
+def write_conversations(path: str | os.PathLike[str], conversations: Iterable[Conversation]) -> int:
+    """Writes a log as one whole: after a crash the old file stands, or the new one, never a part.
+
+    Every record is checked as it would be at read, so that a log written here can always be read. `conversations`
+    may be a reader of the same path.
+
+    Returns:
+        The number of conversations written.
+
+    Raises:
+        LogError: A conversation could not be read back; the line is the one it would have had.
+    """
+    target = Path(os.path.realpath(path))  # a link to the log stays a link
+    if target.exists() and not target.is_file():  # a rename would put a plain file in the place of /dev/null
+        raise FileExistsError(errno.EEXIST, "exists and is not a regular file", str(path))
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    num_written = 0
+    try:
+        with open(partial, "wb") as log:
+            for conversation in conversations:
+                record = conversation_to_dict(conversation)
+                conversation_from_dict(record, file=str(path), line=num_written + 1)
+                log.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+                num_written += 1
+            log.flush()
+            os.fsync(log.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename is durable without
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    return num_written
