@@ -32,7 +32,7 @@ def pad_right(rows: Sequence[Sequence[int]], *, pad_id: int = 0) -> tuple[Tensor
     return torch.from_numpy(token_BT), torch.from_numpy(mask_BT)
 
 
-def pad_values(rows: Sequence[Sequence[float]], *, width: int) -> Tensor:
+def pad_values(rows: Sequence[Sequence[float] | np.ndarray], *, width: int) -> Tensor:
     """Rows of numbers as float32 [B, width], zeros behind."""
     padded = np.zeros((len(rows), width), dtype=np.float32)
     for b, row in enumerate(rows):

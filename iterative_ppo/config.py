@@ -83,7 +83,9 @@ class PolicyConfig(_Section):
     """`tiny` (a small Llama made from scratch, its tokenizer trained on the logs), a hub id, or a folder of a causal language model with a chat template."""
     logs: str = ""
     """Conversations (JSON Lines) from which the start policy is cloned. Empty: the environment's own scripted seller writes them for `tiny`; a pretrained start is left as it is."""
-    hidden_size: Count = 128
+    scripted_conversations: Count = 8192
+    """How many conversations the scripted seller writes."""
+    hidden_size: Count = 96
     """Width of the tiny model."""
     num_layers: Count = 2
     """Layers of the tiny model."""
@@ -95,7 +97,7 @@ class PolicyConfig(_Section):
     """A response is cut after this many tokens."""
     temperature: Positive = 1.0
     """Divides the logits. The policy *is* the resulting distribution: nothing else (top-k, top-p) changes it."""
-    clone_passes: Annotated[int, _Range(0)] = 12
+    clone_passes: Annotated[int, _Range(0)] = 3
     """Most passes over the logs when the start policy is cloned; stops earlier when the held-out loss rises."""
     clone_learning_rate: Positive = 3e-3
     """Peak learning rate of cloning (AdamW, cosine)."""
@@ -106,7 +108,7 @@ class IterationsConfig(_Section):
     count: Count = 6
     """Rounds of collect, fit, improve, evaluate, promote or hold."""
     conversations: Count = 2048
-    """Conversations collected in each iteration; doubled after a hold."""
+    """Conversations collected in each iteration, beside those of the gate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +125,7 @@ class QFunctionConfig(_Section):
     """The reward of a response is the ensemble's mean minus this many standard deviations."""
     learning_rate: Positive = 1e-3
     """Peak learning rate of the fit (AdamW, cosine)."""
-    max_passes: Count = 8
+    max_passes: Count = 5
     """Most passes over the conversations."""
     patience_passes: Count = 2
     """Passes without a better held-out loss after which the fit stops; the best pass is kept."""
@@ -137,7 +139,7 @@ class ImprovementConfig(_Section):
     """Who does the single-turn improvement step."""
     algorithm: Literal["ppo", "grpo", "rloo"] = "ppo"
     """`ppo` has a token-level value baseline; `grpo` and `rloo` compare `num_samples` responses to the same prompt."""
-    num_updates: Count = 24
+    num_updates: Count = 12
     """Batches of fresh responses, at most; the step ends earlier when the KL budget is spent."""
     prompts_per_update: Count = 256
     """Logged prompts answered in each update."""
@@ -147,17 +149,17 @@ class ImprovementConfig(_Section):
     """Gradient passes over each batch of responses."""
     num_minibatches: Count = 2
     """Optimizer steps in each pass."""
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive = 1e-4
     """Learning rate of the policy (AdamW)."""
-    token_value_learning_rate: NonNegative = 1e-3
+    token_value_learning_rate: NonNegative = 2e-4
     """Learning rate of the token value, which starts as Q's own token-level reading. 0 freezes it there."""
     clip: Positive = 0.2
     """PPO's clip range of the token ratio."""
     gae_lambda: Share = 1.0
     """GAE's lambda on the token clock: 1 is unbiased, below 1 trusts the token value."""
-    kl_target: Positive = 0.3
+    kl_target: Positive = 0.4
     """KL budget of one iteration: the mean over responses of KL(candidate || anchor), in nats. The step stops when it is reached."""
-    kl_coefficient: NonNegative = 0.01
+    kl_coefficient: NonNegative = 0.05
     """Beta, the price of a nat of KL to the anchor, in units of the reward."""
     kl_in: Literal["reward", "loss"] = "loss"
     """`reward`: each token pays beta times its log-ratio to the anchor; `loss`: beta times half its square is added to the loss, which has the same expected gradient."""
@@ -177,7 +179,7 @@ class EvaluationConfig(_Section):
 class ComputeConfig(_Section):
     device: str = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
-    tokens_per_batch: Annotated[int, _Range(64)] = 2048
+    tokens_per_batch: Annotated[int, _Range(64)] = 4096
     """Padded tokens in one forward and backward pass; results do not depend on it."""
     rollout_conversations: Count = 512
     """Conversations in lock-step during a rollout."""
@@ -200,7 +202,9 @@ class Config(_Section):
         if self.q_function.loss == "binary_cross_entropy" and self.q_function.link != "logistic":
             raise ConfigError('q_function.loss: "binary_cross_entropy" needs q_function.link = "logistic"')
         if self.improvement.algorithm != "ppo" and self.improvement.num_samples < 2:
-            raise ConfigError(f"improvement.num_samples: {self.improvement.algorithm} compares responses, give at least 2")
+            raise ConfigError(
+                f"improvement.num_samples: {self.improvement.algorithm} compares responses, give at least 2"
+            )
 
 
 SECTIONS: dict[str, type[_Section]] = {

@@ -9,8 +9,7 @@ turn discount lives in `iterative_ppo.returns`.
 import math
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def masked_sum(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -159,7 +158,7 @@ def squared_error(q_value: Tensor, target: Tensor) -> Tensor:
 
 def binary_cross_entropy(logit: Tensor, target: Tensor) -> Tensor:
     """−G log σ(z) − (1−G) log(1−σ(z)), element-wise, for targets in [0, 1]: also minimised by σ(z) = E[G]."""
-    return F.binary_cross_entropy_with_logits(logit, target, reduction="none")
+    return nn.functional.binary_cross_entropy_with_logits(logit, target, reduction="none")
 
 
 def hl_gauss_target(target: Tensor, edges: Tensor, *, sigma: float) -> Tensor:

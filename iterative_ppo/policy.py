@@ -23,13 +23,14 @@ from iterative_ppo.batching import micro_batches, pad_right
 from iterative_ppo.config import PolicyConfig
 from iterative_ppo.losses import token_logprobs
 from iterative_ppo.rendering import Renderer, TokenIds, TurnSequence
-from iterative_ppo.sampling import ConversationCache
+from iterative_ppo.sampling import ConversationCache, SampledResponses
 from iterative_ppo.supervised import FitHistory, Progress, fit_passes, no_progress
 
 TINY_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+_SAMPLING_ROWS = 256
 _TINY_SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
@@ -94,6 +95,7 @@ class Policy:
             num_key_value_heads=num_heads,
             max_position_embeddings=config.context_tokens,
             tie_word_embeddings=True,
+            initializer_range=config.hidden_size**-0.5,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -133,6 +135,39 @@ class Policy:
             temperature=self.temperature,
             max_response_tokens=self.config.max_response_tokens,
         )
+
+    def respond(
+        self,
+        prompts: Sequence[TokenIds],
+        uniforms_BT: np.ndarray,
+        *,
+        progress: Progress = no_progress,
+        what: str = "sample",
+    ) -> list[TokenIds]:
+        """One complete response a prompt, end-of-response token included even where the cap cut it: what is sent."""
+        sampled = self.sample(prompts, uniforms_BT, progress=progress, what=what)
+        end_id = self.renderer.end_id
+        return [tokens if tokens[-1] == end_id else (*tokens, end_id) for tokens in sampled.token_ids]
+
+    def sample(
+        self,
+        prompts: Sequence[TokenIds],
+        uniforms_BT: np.ndarray,
+        *,
+        progress: Progress = no_progress,
+        what: str = "sample",
+    ) -> SampledResponses:
+        """One response to each of many unrelated prompts; `uniforms_BT` as in `ConversationCache.sample`."""
+        token_ids: list[TokenIds] = [()] * len(prompts)
+        logprobs: list[tuple[float, ...]] = [()] * len(prompts)
+        by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        for start in range(0, len(by_length), _SAMPLING_ROWS):
+            rows = by_length[start : start + _SAMPLING_ROWS]
+            sampled = self.conversation_cache().sample([prompts[row] for row in rows], uniforms_BT[rows])
+            for row, tokens, values in zip(rows, sampled.token_ids, sampled.token_logprobs, strict=True):
+                token_ids[row], logprobs[row] = tokens, values
+            progress(what, start + len(rows), len(prompts))
+        return SampledResponses(token_ids=tuple(token_ids), token_logprobs=tuple(logprobs))
 
     def response_logits(self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> ResponseLogits:
         """Logits at every response token of one padded batch; differentiable.
@@ -202,6 +237,12 @@ class Policy:
             progress=progress,
         )
 
+    def _logits(self, hidden_ND: Tensor) -> Tensor:
+        """The vocabulary projection of chosen hidden states, with the cap that some families put on it."""
+        logits_NV = self.model.get_output_embeddings()(hidden_ND)
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
+
     def _negative_log_likelihood(
         self, sequences: Sequence[TurnSequence]
     ) -> Callable[[list[int]], tuple[Tensor, Tensor]]:
@@ -211,12 +252,12 @@ class Policy:
             for b, row in enumerate(rows):
                 for start, end in sequences[row].spans:
                     is_response_BT[b, start:end] = True
-            output = self.model(
+            output = self.model.base_model(
                 input_ids=token_BT.to(self.device), attention_mask=mask_BT.long().to(self.device), use_cache=False
             )
             is_target = is_response_BT[:, 1:].to(self.device)
             target_N = token_BT[:, 1:].to(self.device)[is_target]
-            logits_NV = output.logits[:, :-1][is_target].float() / self.temperature
+            logits_NV = self._logits(output.last_hidden_state[:, :-1][is_target]).float() / self.temperature
             return -token_logprobs(logits_NV, target_N).sum(), is_target.sum()
 
         return loss_sum_and_weight

@@ -30,30 +30,37 @@ class IterationRecord:
     kl: float
     """KL(candidate ‖ current policy) in nats a response."""
     num_conversations: int
-    """Collected so far for fitting Q."""
+    """Conversations so far, the gate's included."""
     stages: dict[str, Stage]
     policy: Stage
     """Whose folder holds the policy in force after the decision."""
 
 
 def iterate(stages: Stages, *, count: int) -> Iterator[IterationRecord]:
-    """Collect, fit, improve, evaluate, promote or hold; `count` times. Yields a record after each iteration."""
+    """Collect, fit, improve, evaluate, promote or hold; `count` times. Yields a record after each iteration.
+
+    Q is fitted to all conversations that the policy in force has had: those collected, and those by which the gate
+    chose it, since a test of a policy is data for its Q-function.
+    """
     policy = stages.start()
     evaluation = stages.evaluate(0, policy, None)
     yield _record(0, policy, 0, {"start": policy, "evaluate": evaluation})
 
     q_function: Stage | None = None
-    batches: tuple[Stage, ...] = ()
-    num_conversations = 0
+    batches: tuple[Stage, ...] = (evaluation,)
+    num_conversations = evaluation.metrics["num_conversations"]
+    num_holds = 0
     for iteration in range(1, count + 1):
         batch = stages.collect(iteration, policy)
         batches = (*batches, batch)
-        num_conversations += batch.metrics["num_conversations"]
         q_function = stages.fit(iteration, policy, batches, q_function)
-        candidate = stages.improve(iteration, policy, q_function, batches, len(batches) - 1)
+        candidate = stages.improve(iteration, policy, q_function, batches, num_holds)
         evaluation = stages.evaluate(iteration, policy, candidate)
         if evaluation.metrics["decision"] == "promote":
-            policy, batches = candidate, ()
+            policy, batches, num_holds = candidate, (evaluation,), 0
+        else:
+            batches, num_holds = (*batches, evaluation), num_holds + 1
+        num_conversations += batch.metrics["num_conversations"] + evaluation.metrics["num_conversations"]
         done = {"collect": batch, "fit": q_function, "improve": candidate, "evaluate": evaluation}
         yield _record(iteration, policy, num_conversations, done)
 

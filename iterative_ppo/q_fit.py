@@ -211,6 +211,7 @@ class _HistogramHeads(nn.Module):
         self.q_function = q_function
         margin = 0.1 * max(high - low, 1e-3)
         edges = torch.linspace(low - margin, high + margin, _NUM_BINS + 1, device=q_function.device)
+        self.edges: Tensor
         self.register_buffer("edges", edges)
         self.sigma = 0.75 * float(edges[1] - edges[0])
         num_heads, hidden_size = q_function.heads.shape

@@ -5,6 +5,8 @@ template, up to and including the generation prompt; a response is the tokens th
 end-of-response token included.
 """
 
+import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +17,7 @@ Chat = Sequence[Mapping[str, str]]
 TokenIds = tuple[int, ...]
 
 _PROBE = "PROBE"
+_MAX_REMEMBERED_PIECES = 50_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +97,9 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, context_tokens: int, max_response_tokens: int) -> None:
         if tokenizer.chat_template is None:
-            raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruction-tuned model")
+            raise ValueError(
+                f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruction-tuned model"
+            )
         if context_tokens <= max_response_tokens:
             raise ValueError(
                 f"a context of {context_tokens} tokens leaves no room for a prompt beside a response of "
@@ -106,6 +111,8 @@ class Renderer:
         self._takes_assistant_first = self._renders(
             [{"role": "assistant", "content": _PROBE}, {"role": "user", "content": "a"}]
         )
+        self._pieces: dict[str, TokenIds] = {}
+        self._special = self._special_tokens()
         self._takes_no_user = self._renders([{"role": "system", "content": _PROBE}])
         self.end_id = self._find_end_id()
 
@@ -145,7 +152,35 @@ class Renderer:
 
     def encode(self, text: str) -> TokenIds:
         """Tokens of a text, nothing added."""
-        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if self._special is None:
+            return self._encode_piece(text)
+        return tuple(itertools.chain.from_iterable(map(self._encode_piece, self._special.split(text))))
+
+    def _encode_piece(self, text: str) -> TokenIds:
+        """Tokens of a text. Remembered: a conversation's messages come again with each of its turns."""
+        token_ids = self._pieces.get(text)
+        if token_ids is None:
+            if len(self._pieces) >= _MAX_REMEMBERED_PIECES:
+                self._pieces.clear()
+            token_ids = (
+                tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else ()
+            )
+            self._pieces[text] = token_ids
+        return token_ids
+
+    def _special_tokens(self) -> re.Pattern[str] | None:
+        """What splits a text into pieces that are tokenized independently; None where the tokenizer does not do that."""
+        specials = [
+            t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special and not (t.lstrip or t.rstrip)
+        ]
+        if not specials:
+            return None
+        pattern = re.compile("(" + "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) + ")")
+        probe = self._apply(
+            [{"role": "user", "content": " a  b\n c"}, {"role": "assistant", "content": "d "}], generate=True
+        )
+        pieces = [self._encode_piece(piece) for piece in pattern.split(probe)]
+        return pattern if tuple(itertools.chain.from_iterable(pieces)) == self._encode_piece(probe) else None
 
     def _adapted(self, chat: Chat) -> list[dict[str, str]]:
         messages = [{"role": m["role"], "content": m["content"]} for m in chat]
@@ -180,5 +215,7 @@ class Renderer:
         if tail:
             return tail[0]
         if self.tokenizer.eos_token_id is None:
-            raise ValueError(f"{self.tokenizer.name_or_path}: neither the chat template nor the tokenizer ends a response")
+            raise ValueError(
+                f"{self.tokenizer.name_or_path}: neither the chat template nor the tokenizer ends a response"
+            )
         return self.tokenizer.eos_token_id

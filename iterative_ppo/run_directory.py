@@ -165,7 +165,9 @@ def _require_same(known: Config, wanted: Config, path: Path) -> None:
     flat_known, flat_wanted = _flat(known), _flat(wanted)
     for name, value in flat_known.items():
         if name != "iterations.count" and flat_wanted[name] != value:
-            raise ConfigError(f"{path}: is a run with {name} = {value!r}, not {flat_wanted[name]!r}; choose another --out")
+            raise ConfigError(
+                f"{path}: is a run with {name} = {value!r}, not {flat_wanted[name]!r}; choose another --out"
+            )
 
 
 def _flat(config: Config) -> dict[str, Any]:

@@ -39,9 +39,11 @@ class _GrowingLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
+        self.keys: Tensor
+        self.values: Tensor
         self._buffers: tuple[Tensor, Tensor] | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
@@ -58,7 +60,8 @@ class _GrowingLayer(DynamicLayer):
             self._buffers = grown
         self._buffers[0][..., start:end, :] = key_states
         self._buffers[1][..., start:end, :] = value_states
-        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
+        self.keys = self._buffers[0][..., :end, :]
+        self.values = self._buffers[1][..., :end, :]
         return self.keys, self.values
 
     def replace(self, keys: Tensor, values: Tensor) -> None:
@@ -81,6 +84,9 @@ class ConversationCache:
         self.temperature = temperature
         self.max_response_tokens = max_response_tokens
         self.num_encoded_tokens = 0
+        self._token_ids: list[list[int]] = []
+        self._slots: list[list[int]] = []
+        self._mask_BS = torch.zeros((0, 0), dtype=torch.long)
         self._reset(0)
 
     def sample(self, prompts: Sequence[TokenIds], uniforms_BT: np.ndarray) -> SampledResponses:
@@ -99,8 +105,8 @@ class ConversationCache:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps the given rows, in that order (a row may be kept several times), and forgets the others."""
-        self._token_ids = [list(self._token_ids[row]) for row in rows]
-        self._slots = [list(self._slots[row]) for row in rows]
+        self._token_ids = [self._token_ids[row].copy() for row in rows]
+        self._slots = [self._slots[row].copy() for row in rows]
         index = torch.tensor(rows, dtype=torch.long, device=self.model.device)
         self._mask_BS = self._mask_BS[index]
         for layer in self._layers():
@@ -109,8 +115,8 @@ class ConversationCache:
     def _reset(self, num_rows: int) -> None:
         num_layers = self.model.config.get_text_config().num_hidden_layers
         self._cache = Cache(layers=[_GrowingLayer() for _ in range(num_layers)])
-        self._token_ids: list[list[int]] = [[] for _ in range(num_rows)]
-        self._slots: list[list[int]] = [[] for _ in range(num_rows)]
+        self._token_ids = [[] for _ in range(num_rows)]
+        self._slots = [[] for _ in range(num_rows)]
         self._mask_BS = torch.zeros((num_rows, 0), dtype=torch.long, device=self.model.device)
 
     def _layers(self) -> list[Any]:
@@ -138,7 +144,9 @@ class ConversationCache:
         for row, tokens in enumerate(fresh):
             token_BT[row, : len(tokens)] = tokens
             mask_BT[row, : len(tokens)] = 1
-            position_BT[row] = np.minimum(len(self._token_ids[row]) + np.arange(width), self._last_position(row, tokens))
+            position_BT[row] = np.minimum(
+                len(self._token_ids[row]) + np.arange(width), self._last_position(row, tokens)
+            )
             self._token_ids[row].extend(tokens)
             self._slots[row].extend(range(start, start + len(tokens)))
             self.num_encoded_tokens += len(tokens)
@@ -190,10 +198,12 @@ class ConversationCache:
         self._mask_BS = mask_BS.to(self.model.device)
         index_BHSD = index_BS.to(self.model.device)[:, None, :, None]
         for layer in self._layers():
-            layer.replace(*(
-                states.gather(2, index_BHSD.expand(-1, states.shape[1], -1, states.shape[3]))
-                for states in (layer.keys, layer.values)
-            ))
+            layer.replace(
+                *(
+                    states.gather(2, index_BHSD.expand(-1, states.shape[1], -1, states.shape[3]))
+                    for states in (layer.keys, layer.values)
+                )
+            )
 
 
 def _invert_cumulative(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:

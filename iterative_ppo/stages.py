@@ -10,15 +10,10 @@ import numpy as np
 import torch
 
 from iterative_ppo.config import Config
-from iterative_ppo.conversations import (
-    Conversation,
-    chat_messages,
-    read_conversations,
-    split_by_group,
-    turn_rewards,
-    write_conversations,
-)
-from iterative_ppo.environments.rollout import RolloutStatistics, TextEnvironment, collect, collect_scripted
+from iterative_ppo.conversation_log import read_conversations, write_conversations
+from iterative_ppo.conversations import Conversation, chat_messages, split_by_group, turn_rewards
+from iterative_ppo.environments import ScriptedEnvironment, TextEnvironment
+from iterative_ppo.environments.rollout import RolloutStatistics, collect, collect_scripted
 from iterative_ppo.improvement import native
 from iterative_ppo.improvement.base import RewardFunction
 from iterative_ppo.intervals import Interval, clustered_interval, mean_interval
@@ -31,7 +26,7 @@ from iterative_ppo.run_directory import RunDirectory, Stage, to_json, write_json
 from iterative_ppo.supervised import Progress
 from iterative_ppo.turns_to_tokens import all_prompts, labelled_sequences, response_sequences, tokenize
 
-_START, _COLLECT, _FIT, _IMPROVE, _EVALUATE = range(5)
+_START, _COLLECT, _FIT, _IMPROVE, _EVALUATE, _FINAL = range(6)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,12 +105,13 @@ class Stages:
         """Conversations of the current policy: the batch that its Q-function is fitted to."""
 
         def make(folder: Path) -> dict[str, Any]:
-            return self._collect(
+            metrics = self._collect(
                 folder / "conversations.jsonl",
                 policy,
                 num_conversations=self.config.iterations.conversations,
                 seed=self._seed(iteration, _COLLECT),
             )
+            return metrics | {"log": "conversations.jsonl"}
 
         return self._stage(iteration, "collect", _COLLECT, {"policy": policy}, make)
 
@@ -168,16 +164,36 @@ class Stages:
 
         def make(folder: Path) -> dict[str, Any]:
             current_rewards = rewards(folder / "current.jsonl", current)
+            num_conversations = len(current_rewards)
             if candidate is None:
-                return {"current": to_json(mean_interval(current_rewards))}
+                trial = {"current": to_json(mean_interval(current_rewards))}
+                return trial | {"num_conversations": num_conversations, "log": "current.jsonl"}
             candidate_rewards = rewards(folder / "candidate.jsonl", candidate)
-            return to_json(gate(candidate_rewards, current_rewards, confidence=self.config.evaluation.confidence))
+            result = gate(candidate_rewards, current_rewards, confidence=self.config.evaluation.confidence)
+            log = "candidate.jsonl" if result.decision == "promote" else "current.jsonl"
+            return to_json(result) | {"num_conversations": 2 * num_conversations, "log": log}
 
         parents = {"current": current} | ({"candidate": candidate} if candidate else {})
         return self._stage(iteration, "evaluate", _EVALUATE, parents, make)
 
+    def final(self, iteration: int, policy: Stage) -> Stage:
+        """The last policy once more on fresh customers, whom no gate has seen: an estimate free of selection."""
+
+        def make(folder: Path) -> dict[str, Any]:
+            file = folder / "conversations.jsonl"
+            num_conversations = self.config.evaluation.conversations
+            self._collect(file, policy, num_conversations=num_conversations, seed=self._seed(iteration, _FINAL))
+            return to_json(mean_interval([total_reward(conversation) for conversation in read_conversations(file)]))
+
+        return self._stage(iteration, "final", _FINAL, {"policy": policy}, make)
+
     def _stage(
-        self, iteration: int, name: str, seed_key: int, parents: dict[str, Stage], make: Callable[[Path], dict[str, Any]]
+        self,
+        iteration: int,
+        name: str,
+        seed_key: int,
+        parents: dict[str, Stage],
+        make: Callable[[Path], dict[str, Any]],
     ) -> Stage:
         return self.directory.stage(
             f"iteration-{iteration:03d}/{name}",
@@ -212,23 +228,21 @@ class Stages:
 
     def _write_scripted(self, file: Path) -> None:
         environment = self.make_environment()
-        if not hasattr(environment, "scripted_response"):
+        if not isinstance(environment, ScriptedEnvironment):
             raise ValueError(
                 f"environment {type(environment).__name__} has no scripted_response(messages, generator) to write the "
                 "first conversations: give some in policy.logs, or a pretrained model as policy.start"
             )
         conversations = collect_scripted(
             self.make_environment,
-            num_conversations=self.config.iterations.conversations,
+            num_conversations=self.config.policy.scripted_conversations,
             seed=self._seed(0, _START),
             max_turns=self.config.environment.max_turns,
         )
         write_conversations(file, conversations)
 
 
-def start_policy(
-    config: Config, logs: Path | None, *, seed: int, progress: Progress
-) -> tuple[Policy, dict[str, Any]]:
+def start_policy(config: Config, logs: Path | None, *, seed: int, progress: Progress) -> tuple[Policy, dict[str, Any]]:
     """The start policy, cloned from the logs where there are any."""
     device = resolve_device(config.compute.device)
     conversations = list(read_conversations(logs)) if logs else []
@@ -435,10 +449,10 @@ def resolve_device(device: str) -> str:
 
 
 def _read_batches(batches: Iterable[Stage]) -> list[Conversation]:
-    return [c for batch in batches for c in read_conversations(batch.folder / "conversations.jsonl")]
+    """The conversations of each batch's own log, the one that the policy in force wrote."""
+    return [c for batch in batches for c in read_conversations(batch.folder / batch.metrics["log"])]
 
 
 def _mean_return(sequences: Sequence[LabelledSequence]) -> float:
     targets = [t for s in sequences for t, (start, end) in zip(s.returns, s.spans, strict=True) if end > start]
     return float(np.mean(targets))
-

@@ -55,19 +55,20 @@ def fit_passes(
         loss_sum_and_weight: for a micro-batch of row indices, the summed loss and its weight. Sums of both are
             accumulated over an optimizer step, so the split into micro-batches changes nothing.
         lengths: tokens of each row.
-        train_rows: rows to train on; steps hold 1/64 of them, between 8 and 128 rows.
+        train_rows: rows to train on; steps hold 1/64 of them, between 8 and 32 rows.
         held_out_rows: rows that decide when to stop; without any, all passes are made.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
-    rows_per_step = int(np.clip(len(train_rows) // 64, 8, 128))
+    rows_per_step = int(np.clip(len(train_rows) // 64, 8, 32))
     steps_per_pass = math.ceil(len(train_rows) / rows_per_step)
     total_steps = max_passes * steps_per_pass
     warmup_steps = min(steps_per_pass // 2 + 1, 50)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: (
-            min(1.0, (step + 1) / warmup_steps) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max(total_steps, 1))))
+            min(1.0, (step + 1) / warmup_steps)
+            * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max(total_steps, 1))))
         ),
     )
 

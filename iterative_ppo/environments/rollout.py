@@ -5,20 +5,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-
 import numpy as np
 
 from iterative_ppo.conversations import Conversation, Message, chat_messages
-from iterative_ppo.environments import ScriptedEnvironment, TextEnvironment
+from iterative_ppo.environments import TextEnvironment
 from iterative_ppo.policy import Policy
 from iterative_ppo.supervised import Progress, no_progress
-
 
 Responder = Callable[[Sequence["Talk"]], list[tuple[str, float | None]]]
 """For each running talk, the response and its log-probability (None where there is none)."""
 
 
-class EnvironmentFailure(ValueError):
+class EnvironmentFailure(ValueError):  # noqa: N818 - it is the environment's, not ours
     """The environment broke its contract; one line that says where."""
 
 
@@ -42,11 +40,7 @@ class Talk:
         except Exception as error:
             raise self._failure(f"step raised {type(error).__name__}: {error}") from error
         self._check_text(observation, "step")
-        if (
-            isinstance(reward, bool)
-            or not isinstance(reward, (int, float, np.number))
-            or not math.isfinite(reward)
-        ):
+        if isinstance(reward, bool) or not isinstance(reward, (int, float, np.number)) or not math.isfinite(reward):
             raise self._failure(f"step returned the reward {reward!r}, not a finite number")
         if not isinstance(info, dict):
             raise self._failure(f"step returned {type(info).__name__} as info, not a dict")
@@ -91,9 +85,7 @@ class Talk:
 
     def _failure(self, reason: str) -> EnvironmentFailure:
         name = type(self.environment).__name__
-        return EnvironmentFailure(
-            f"environment {name}, conversation {self.name}, turn {self.num_turns + 1}: {reason}"
-        )
+        return EnvironmentFailure(f"environment {name}, conversation {self.name}, turn {self.num_turns + 1}: {reason}")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -151,11 +143,9 @@ def collect(
             start_talk(environment, name=f"{name}-{index:06d}", seed=seed, index=index)
             for environment, index in zip(environments, indices, strict=False)
         ]
-        finish(policy, talks, max_turns=max_turns, statistics=statistics, progress=progress)
+        finish(policy, talks, max_turns=max_turns, statistics=statistics)
         progress(f"collect {name}", indices.stop, num_conversations)
         yield from (talk.conversation(name) for talk in talks)
-    for environment in environments:
-        environment.close()
 
 
 def collect_scripted(
@@ -177,7 +167,6 @@ def collect_scripted(
                 max_turns=max_turns,
             )
         yield talk.conversation(name)
-    environment.close()
 
 
 def finish(
@@ -186,7 +175,6 @@ def finish(
     *,
     max_turns: int,
     statistics: RolloutStatistics,
-    progress: Progress = no_progress,
 ) -> None:
     """Lets the policy speak in all talks, in lock-step, until each has ended."""
     cache = policy.conversation_cache()

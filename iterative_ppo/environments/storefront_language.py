@@ -10,7 +10,7 @@ import numpy as np
 
 from iterative_ppo.environments.storefront_customer import Act, Meaning, Reply, Says
 
-SYSTEM = "you sell trail, road, court and casual shoes, each basic at 60 or premium at 120"
+SYSTEM = "you sell shoes: basic at 60, premium at 120"
 
 SELLER_PHRASES: Mapping[Act, tuple[str, ...]] = {
     Act.ASK_NEED: (

@@ -16,10 +16,6 @@ RewardFunction = Callable[[Sequence[TokenIds], Sequence[TokenIds]], Tensor]
 """reward(prompts, responses) -> [B] float32. Responses end with their end-of-response token."""
 
 
-class PolicyCollapse(RuntimeError):
-    """The policy left the region in which the step means anything; the last good weights were kept."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateMetrics:
     """One update of the improvement step; `docs/algorithm.md` has each formula.

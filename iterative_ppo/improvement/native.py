@@ -21,7 +21,6 @@ from iterative_ppo.policy import Policy
 from iterative_ppo.rendering import TokenIds
 from iterative_ppo.supervised import Progress, no_progress
 
-_SAMPLING_ROWS = 256
 _COLLAPSED_ENTROPY_SHARE = 0.1
 _COLLAPSED_LENGTH_SHARE = 0.2
 _RUNAWAY_KL_FACTOR = 10.0
@@ -136,22 +135,16 @@ def sample_rollout(
     """
     end_id = policy.renderer.end_id
     uniforms_BT = generator.random((len(prompts), policy.config.max_response_tokens))
-    responses: list[TokenIds] = [()] * len(prompts)
-    logprobs: list[tuple[float, ...]] = [()] * len(prompts)
-    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     policy.model.eval()
-    for start in range(0, len(by_length), _SAMPLING_ROWS):
-        rows = by_length[start : start + _SAMPLING_ROWS]
-        sampled = policy.conversation_cache().sample([prompts[row] for row in rows], uniforms_BT[rows])
-        for row, tokens, values in zip(rows, sampled.token_ids, sampled.token_logprobs, strict=True):
-            responses[row], logprobs[row] = tokens, values
+    sampled = policy.sample(prompts, uniforms_BT)
+    responses, logprobs = sampled.token_ids, sampled.token_logprobs
     ended = [tokens if tokens[-1] == end_id else (*tokens, end_id) for tokens in responses]
     _, mask_BT = pad_right(responses)
     width = mask_BT.shape[1]
     anchor_logprobs = anchor.logprobs(prompts, responses, tokens_per_batch=4 * tokens_per_batch)
     return Rollout(
         prompts=tuple(prompts),
-        responses=tuple(responses),
+        responses=responses,
         mask_BT=mask_BT.to(policy.device),
         old_logprob_BT=pad_values(logprobs, width=width).to(policy.device),
         anchor_logprob_BT=pad_values(anchor_logprobs, width=width).to(policy.device),
@@ -237,7 +230,9 @@ class _Learner:
             else losses.leave_one_out_advantages(response_reward_B, num_samples=config.num_samples)
         )
         zeros_BT = torch.zeros_like(token_reward_BT)
-        return _Baseline(advantage_BT=advantage_B[:, None] * rollout.mask_BT, return_BT=zeros_BT, token_value_BT=zeros_BT)
+        return _Baseline(
+            advantage_BT=advantage_B[:, None] * rollout.mask_BT, return_BT=zeros_BT, token_value_BT=zeros_BT
+        )
 
     def _token_values(self, rollout: Rollout, rows: Sequence[int]) -> Tensor:
         """Value of the prefix before each response token [len(rows), T]; zero at padding."""

@@ -1,0 +1,342 @@
+"""What the commands do, from checked arguments to a JSON-ready result; the command line itself is `__main__`."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from iterative_ppo import report
+from iterative_ppo.config import Config
+from iterative_ppo.conversation_log import BadLines, read_conversations, write_conversations
+from iterative_ppo.conversations import Conversation, Message, chat_messages
+from iterative_ppo.cross_validation import cross_validate, group_names
+from iterative_ppo.environments import TextEnvironment, make_environment
+from iterative_ppo.environments.rollout import RolloutStatistics, collect
+from iterative_ppo.intervals import mean_interval
+from iterative_ppo.policy import Policy
+from iterative_ppo.policy_iteration import IterationRecord, iterate
+from iterative_ppo.q_function import QFunction
+from iterative_ppo.ranking import rank_within_states
+from iterative_ppo.run_directory import RunDirectory, to_json, write_json
+from iterative_ppo.stages import Stages, fit_q_from_logs, gate, improve_from_logs, resolve_device, total_reward
+from iterative_ppo.step import Step, copy_log
+from iterative_ppo.supervised import Progress
+
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+
+
+def run_iterate(config: Config, out: Path, *, resume: bool, console: Console, progress: Progress) -> dict[str, Any]:
+    """The whole loop; prints a line an iteration and writes the learning curve after each."""
+    started = time.perf_counter()
+    maker = environment_maker(config)
+    optimum = known_optimum(maker())
+    directory = RunDirectory(out, config, resume=resume)
+    stages = Stages(directory, maker, progress)
+    records: list[IterationRecord] = []
+    console.print(f"run folder {out}" + ("" if optimum is None else f", optimum {optimum:.3f}"), highlight=False)
+    console.print(report.iteration_header(), highlight=False)
+    for record in iterate(stages, count=config.iterations.count):
+        records.append(record)
+        console.print(report.iteration_line(record), highlight=False)
+        for warning in record.stages["fit"].metrics["warnings"] if "fit" in record.stages else ():
+            console.print(f"{'':>11}! {warning}", style="yellow", highlight=False, markup=False)
+        report.plot_learning_curve(records, optimum, out)
+    final = stages.final(config.iterations.count, records[-1].policy)
+    console.print(report.sketch_learning_curve(records, optimum), highlight=False, markup=False)
+    figure = final.metrics
+    console.print(
+        f"final policy {records[-1].policy.folder / 'policy'}: {figure['mean']:.3f} "
+        f"({figure['low']:.3f} to {figure['high']:.3f}) on {config.evaluation.conversations:,} more conversations"
+        + ("" if not optimum else f", {figure['mean'] / optimum:.0%} of the optimum"),
+        highlight=False,
+    )
+    console.print(f"learning curve {out / 'learning_curve.png'}", highlight=False)
+    result = to_json(
+        {
+            "run": out,
+            "optimum": optimum,
+            "seconds": round(time.perf_counter() - started, 2),
+            "iterations": [report.iteration_json(record) for record in records],
+            "final": {"outcome_rate": figure["mean"], "low": figure["low"], "high": figure["high"]},
+        }
+    )
+    write_json(out / "result.json", result)
+    return dict(result)
+
+
+def run_step(
+    config: Config,
+    logs: Path,
+    out: Path,
+    *,
+    num_folds: int,
+    group: str | None,
+    bad_lines: BadLines,
+    resume: bool,
+    console: Console,
+    progress: Progress,
+) -> dict[str, Any]:
+    """One iteration from logs alone."""
+    started = time.perf_counter()
+    directory = RunDirectory(out, config, resume=resume)
+    conversations = copy_log(logs, directory, bad_lines=bad_lines)
+    result = Step(directory, conversations, logs, group=group, progress=progress).run(num_folds=num_folds)
+    metrics = {name: stage.metrics for name, stage in result.stages.items()}
+    report.print_step(metrics, console)
+    console.print(f"candidate {result.stages['improve'].folder / 'policy'}", highlight=False)
+    console.print(f"answers before and after {result.stages['grade'].folder / 'samples.md'}", highlight=False)
+    summary: dict[str, Any] = to_json(
+        {
+            "run": out,
+            "candidate": result.stages["improve"].folder / "policy",
+            "seconds": round(time.perf_counter() - started, 2),
+            **metrics,
+        }
+    )
+    write_json(out / "result.json", summary)
+    return summary
+
+
+def run_collect(
+    config: Config, policy_source: str, out: Path, *, progress: Progress, console: Console
+) -> dict[str, Any]:
+    """Conversations of a policy with the environment, as a log."""
+    policy = load_policy(config, policy_source)
+    statistics = RolloutStatistics()
+    started = time.perf_counter()
+    rewards: list[float] = []
+
+    def noted() -> Any:
+        for conversation in collect(
+            policy,
+            environment_maker(config),
+            num_conversations=config.iterations.conversations,
+            seed=config.seed,
+            max_turns=config.environment.max_turns,
+            lockstep=config.compute.rollout_conversations,
+            name=Path(policy_source).name or "policy",
+            statistics=statistics,
+            progress=progress,
+        ):
+            rewards.append(total_reward(conversation))
+            yield conversation
+
+    write_conversations(out, noted())
+    outcome = mean_interval(rewards)
+    seconds = time.perf_counter() - started
+    console.print(
+        f"{len(rewards):,} conversations in {out}: outcome {outcome.mean:.3f} ({outcome.low:.3f} to {outcome.high:.3f}), "
+        f"{statistics.num_turns / len(rewards):.1f} turns each, {len(rewards) / seconds:.0f} a second",
+        highlight=False,
+    )
+    return dict(to_json({"out": out, "outcome": outcome, "seconds": seconds, "statistics": statistics}))
+
+
+def run_fit(
+    config: Config,
+    logs: Path,
+    policy_source: str,
+    out: Path | None,
+    *,
+    num_folds: int,
+    group: str | None,
+    bad_lines: BadLines,
+    progress: Progress,
+    console: Console,
+) -> dict[str, Any]:
+    """A Q-function from logs; with folds, what it can tell about conversations left out."""
+    started = time.perf_counter()
+    policy = load_policy(config, policy_source)
+    conversations = list(read_conversations(logs, bad_lines=bad_lines))
+    groups = group_names(conversations, group)
+    result: dict[str, Any] = {}
+    if num_folds:
+        folds = cross_validate(
+            config,
+            policy,
+            conversations,
+            start=policy_source,
+            num_folds=num_folds,
+            groups=groups,
+            seed=config.seed,
+            progress=progress,
+        )
+        result |= to_json(folds)
+        report.print_folds(result, console)
+    if out is not None:
+        empty_folder(out)
+        fitted = fit_q_from_logs(
+            config,
+            policy,
+            conversations,
+            start=policy_source,
+            name=policy_source,
+            seed=config.seed,
+            progress=progress,
+            groups=groups,
+        )
+        fitted.save(out)
+        report.print_q_report(fitted.report, console)
+        report.plot_calibration(fitted.report, out / "calibration.png")
+        console.print(f"Q-function {out / 'q_function'}", highlight=False)
+        result |= {"q_function": str(out / "q_function"), "report": to_json(fitted.report)}
+    return result | {"seconds": round(time.perf_counter() - started, 2)}
+
+
+def run_improve(
+    config: Config,
+    logs: Path,
+    policy_source: str,
+    q_source: str,
+    out: Path,
+    *,
+    bad_lines: BadLines,
+    progress: Progress,
+    console: Console,
+) -> dict[str, Any]:
+    """One improvement step on the prompts of logs."""
+    policy = load_policy(config, policy_source)
+    q_function = QFunction.load(q_source, device=resolve_device(config.compute.device))
+    conversations = list(read_conversations(logs, bad_lines=bad_lines))
+    empty_folder(out)
+    metrics = improve_from_logs(
+        config,
+        policy,
+        q_function,
+        conversations,
+        out,
+        kl_target=config.improvement.kl_target,
+        seed=config.seed,
+        progress=progress,
+    )
+    console.print(
+        f"candidate {out / 'policy'}: Q reward {metrics['reward_first']:.4f} to {metrics['reward_last']:.4f} in "
+        f"{metrics['num_updates']} updates, KL {metrics['kl']:.3f} nats a response, stopped by {metrics['stop_reason']}",
+        highlight=False,
+    )
+    return metrics | {"policy": str(out / "policy")}
+
+
+def run_evaluate(
+    config: Config, policy_source: str, against: str | None, *, progress: Progress, console: Console
+) -> dict[str, Any]:
+    """True outcome of a policy in the environment, alone or against another on common random numbers."""
+
+    def rewards(source: str) -> list[float]:
+        return [
+            total_reward(conversation)
+            for conversation in collect(
+                load_policy(config, source),
+                environment_maker(config),
+                num_conversations=config.evaluation.conversations,
+                seed=config.seed,
+                max_turns=config.environment.max_turns,
+                lockstep=config.compute.rollout_conversations,
+                name=Path(source).name or "policy",
+                progress=progress,
+            )
+        ]
+
+    optimum = known_optimum(environment_maker(config)())
+    own = rewards(policy_source)
+    outcome = mean_interval(own)
+    result: dict[str, Any] = {"policy": policy_source, "outcome": to_json(outcome), "optimum": optimum}
+    console.print(f"{policy_source}: {outcome.mean:.3f} ({outcome.low:.3f} to {outcome.high:.3f})", highlight=False)
+    if against is not None:
+        trial = gate(own, rewards(against), confidence=config.evaluation.confidence)
+        console.print(
+            f"{against}: {trial.current.mean:.3f} ({trial.current.low:.3f} to {trial.current.high:.3f})",
+            highlight=False,
+        )
+        console.print(
+            f"difference {trial.difference.mean:+.3f}, one-sided lower bound {trial.difference.low:+.3f}: {trial.decision}",
+            highlight=False,
+        )
+        result |= {"against": against, "trial": to_json(trial)}
+    return result
+
+
+def run_rank(
+    config: Config,
+    policy_source: str,
+    q_source: str,
+    *,
+    num_states: int,
+    num_responses: int,
+    num_rollouts: int,
+    progress: Progress,
+    console: Console,
+) -> dict[str, Any]:
+    """How well Q ranks responses to the same prompt, against rollouts of each."""
+    ranking = rank_within_states(
+        load_policy(config, policy_source),
+        QFunction.load(q_source, device=resolve_device(config.compute.device)),
+        environment_maker(config),
+        num_states=num_states,
+        num_responses=num_responses,
+        num_rollouts=num_rollouts,
+        max_turns=config.environment.max_turns,
+        lockstep=config.compute.rollout_conversations,
+        tokens_per_batch=config.compute.tokens_per_batch,
+        seed=config.seed,
+        progress=progress,
+    )
+    report.print_ranking(ranking, console)
+    return dict(to_json(ranking))
+
+
+def run_chat(
+    config: Config,
+    policy_source: str,
+    q_source: str | None,
+    system: str | None,
+    *,
+    ask: Callable[[], str | None],
+    console: Console,
+) -> Conversation:
+    """A person plays the customer; returns what was said."""
+    policy = load_policy(config, policy_source)
+    q_function = QFunction.load(q_source, device=resolve_device(config.compute.device)) if q_source else None
+    generator = np.random.default_rng(config.seed)
+    messages = [Message(role="system", content=system)] if system else []
+    while (text := ask()) is not None:
+        messages.append(Message(role="user", content=text))
+        prompt = policy.renderer.prompt(chat_messages(messages))
+        [response] = policy.respond([prompt.token_ids], generator.random((1, config.policy.max_response_tokens)))
+        answer = policy.renderer.response_text(response)
+        note = ""
+        if q_function is not None:
+            value = q_function.values([prompt.token_ids], [response], tokens_per_batch=config.compute.tokens_per_batch)
+            note = f"  (Q {float(value):.3f})"
+        console.print(f"policy: {answer}{note}", highlight=False, markup=False)
+        messages.append(Message(role="assistant", content=answer))
+    return Conversation(id="chat", messages=tuple(messages), end="censored")
+
+
+def load_policy(config: Config, source: str) -> Policy:
+    """A policy from a hub id or a folder; also from a stage's folder that holds one."""
+    inner = Path(source) / "policy"
+    return Policy.load(inner if inner.is_dir() else source, config.policy, device=resolve_device(config.compute.device))
+
+
+def environment_maker(config: Config) -> Callable[[], TextEnvironment]:
+    """Makes the configured environment."""
+    return lambda: make_environment(config.environment.entry_point, config.environment.arguments)
+
+
+def known_optimum(environment: TextEnvironment) -> float | None:
+    """The best attainable outcome, where the environment can tell: its method `optimum()`."""
+    optimum = getattr(environment, "optimum", None)
+    return float(optimum()) if callable(optimum) else None
+
+
+def empty_folder(path: Path) -> None:
+    """Makes a folder for results; ValueError where it already holds something."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path}: exists and is not an empty folder; choose another with --out")
+    path.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,133 @@
+"""What Q can tell about logged conversations that it was not fitted to, by share of the conversation, in folds."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iterative_ppo.config import Config
+from iterative_ppo.conversations import Conversation, folds_by_group, turn_rewards
+from iterative_ppo.policy import Policy
+from iterative_ppo.q_fit import Predictions, predict, predict_after_share
+from iterative_ppo.q_report import calibration_bins, discrimination, expected_calibration_error, is_binary
+from iterative_ppo.stages import fit_q_from_logs, labelled
+from iterative_ppo.supervised import Progress
+from iterative_ppo.text_baseline import SHARES, cross_fitted_scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CrossValidation:
+    """Held-out discrimination after each share of the messages; keys are percentages.
+
+    Example:
+        CrossValidation(num_conversations=1017, num_folds=5, auc={"25": .55, "50": .62, "75": .66, "100": .69},
+            spearman={}, tfidf_auc={"25": .52, "50": .64, "75": .68, "100": .71}, ece=.06, seconds=310.0)
+    """
+
+    num_conversations: int
+    num_folds: int
+    auc: dict[str, float | None]
+    """Of the outcome; of the outcome being above the median where it is graded."""
+    spearman: dict[str, float | None]
+    """Rank correlation with the outcome, where it is graded; empty where it is binary."""
+    tfidf_auc: dict[str, float | None]
+    """The floor: TF-IDF and logistic regression on the same messages, in the same folds."""
+    ece: float
+    """Expected calibration error of Q over all decision points."""
+    seconds: float
+
+
+def cross_validate(
+    config: Config,
+    policy: Policy,
+    conversations: Sequence[Conversation],
+    *,
+    start: str | Path,
+    num_folds: int,
+    groups: Sequence[str],
+    seed: int,
+    progress: Progress,
+) -> CrossValidation:
+    """Fits Q `num_folds` times, each time to the other folds, and predicts the fold left out.
+
+    Args:
+        groups: one a conversation; conversations of one group fall into one fold.
+    """
+    started = time.perf_counter()
+    usable = [i for i, conversation in enumerate(conversations) if turn_rewards(conversation)]
+    conversations = [conversations[i] for i in usable]
+    groups = [groups[i] for i in usable]
+    fold_N = np.asarray(folds_by_group(groups, num_folds=num_folds, seed=seed))
+    share_NS = np.full((len(conversations), len(SHARES)), np.nan)
+    predictions: list[Predictions] = []
+    for fold in range(num_folds):
+
+        def show(what: str, done: int, total: int, fold: int = fold) -> None:
+            progress(f"{what}, fold {fold + 1} of {num_folds}", fold * total + done, num_folds * total)
+
+        train = np.flatnonzero(fold_N != fold).tolist()
+        fitted = fit_q_from_logs(
+            config,
+            policy,
+            [conversations[i] for i in train],
+            start=start,
+            name="folds",
+            seed=seed + fold,
+            progress=show,
+            groups=[groups[i] for i in train],
+        )
+        test = np.flatnonzero(fold_N == fold).tolist()
+        names = [str(i) for i in test]
+        sequences, _ = labelled([conversations[i] for i in test], policy, gamma=config.q_function.gamma, groups=names)
+        tokens_per_batch = config.compute.tokens_per_batch
+        predictions.append(predict(fitted.q_function, sequences, tokens_per_batch=tokens_per_batch))
+        for s, share in enumerate(SHARES):
+            values = predict_after_share(fitted.q_function, sequences, share, tokens_per_batch=tokens_per_batch)
+            for name, value in values.items():
+                share_NS[int(name), s] = value
+    outcome_N = np.array([sum(turn_rewards(conversation) or ()) for conversation in conversations])
+    is_positive_N = outcome_N == outcome_N.max() if is_binary(outcome_N) else outcome_N > np.median(outcome_N)
+    keys = [f"{share:.0%}".removesuffix("%") for share in SHARES]
+    return CrossValidation(
+        num_conversations=len(conversations),
+        num_folds=num_folds,
+        auc={key: _known(share_NS[:, s], is_positive_N) for s, key in enumerate(keys)},
+        spearman={} if is_binary(outcome_N) else {key: _known(share_NS[:, s], outcome_N) for s, key in enumerate(keys)},
+        tfidf_auc={
+            key: _known(cross_fitted_scores(conversations, is_positive_N, fold_N, share=share), is_positive_N)
+            for key, share in zip(keys, SHARES, strict=True)
+        },
+        ece=expected_calibration_error(
+            calibration_bins(
+                np.concatenate([p.q_value for p in predictions]), np.concatenate([p.target for p in predictions])
+            )
+        ),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def group_names(conversations: Sequence[Conversation], key: str | None) -> list[str]:
+    """The group of each conversation: a key of it, as `metadata.dialogue`, or itself.
+
+    Raises:
+        ValueError: a conversation lacks the key.
+    """
+    if key is None:
+        return [f"{i}:{conversation.id}" for i, conversation in enumerate(conversations)]
+    names = []
+    for conversation in conversations:
+        value: Any = {"metadata": conversation.metadata, **conversation.extra}
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is None:
+            raise ValueError(f"--group {key}: conversation {conversation.id} has no such key")
+        names.append(str(value))
+    return names
+
+
+def _known(predicted_N: np.ndarray, target_N: np.ndarray) -> float | None:
+    known_N = np.isfinite(predicted_N)
+    return discrimination(predicted_N[known_N], target_N[known_N])

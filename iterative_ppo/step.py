@@ -1,0 +1,227 @@
+"""One iteration from logs alone: fit Q, improve, and estimate the gain with a Q that did not train the candidate."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iterative_ppo.conversation_log import BadLines, read_conversations, write_conversations
+from iterative_ppo.conversations import Conversation, split_by_group
+from iterative_ppo.cross_validation import cross_validate, group_names
+from iterative_ppo.intervals import clustered_interval
+from iterative_ppo.policy import Policy
+from iterative_ppo.q_function import QFunction
+from iterative_ppo.run_directory import RunDirectory, Stage, to_json
+from iterative_ppo.stages import fit_q_from_logs, improve_from_logs, resolve_device, start_policy
+from iterative_ppo.supervised import Progress
+from iterative_ppo.turns_to_tokens import TokenizedTurns, tokenize
+
+_START, _FIT, _GRADER, _FOLDS, _IMPROVE, _GRADE = range(10, 16)
+_NUM_GRADED_PROMPTS = 2000
+_NUM_SAMPLES_SHOWN = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """The finished stages of a step by name: start, fit, grader, folds (where asked for), improve, grade."""
+
+    stages: dict[str, Stage]
+
+
+class Step:
+    """The stages of `ippo step`.
+
+    The conversations are halved. Q is fitted to one half and trains the candidate on that half's prompts; a second Q,
+    fitted to the other half, grades candidate and policy on the other half's prompts.
+
+    Args:
+        directory: the run's folder.
+        conversations: the logs, read and checked.
+        logs: where they came from, for the clone of a tiny start policy and for the record.
+        group: what is split as one, as `metadata.dialogue`; None: each conversation by itself.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        conversations: Sequence[Conversation],
+        logs: Path,
+        *,
+        group: str | None,
+        progress: Progress,
+    ) -> None:
+        self.directory = directory
+        self.config = directory.config
+        self.logs = logs
+        self.progress = progress
+        self.device = resolve_device(self.config.compute.device)
+        self.conversations = list(conversations)
+        self.groups = group_names(self.conversations, group)
+        is_grader = split_by_group(self.groups, held_out_share=0.5, seed=self._seed(0))
+        self.halves = np.flatnonzero(~is_grader).tolist(), np.flatnonzero(is_grader).tolist()
+
+    def run(self, *, num_folds: int) -> StepResult:
+        """Does all stages, or finds them done; no folds with `num_folds` 0."""
+        start = self._stage("start", _START, {}, self._start)
+        stages = {"start": start}
+        for name, key, half in (("fit", _FIT, 0), ("grader", _GRADER, 1)):
+
+            def fit(folder: Path, half: int = half, name: str = name) -> dict[str, Any]:
+                return self._fit(folder, start, self.halves[half], name)
+
+            stages[name] = self._stage(name, key, {"policy": start}, fit)
+        if num_folds:
+            stages["folds"] = self._stage(
+                "folds", _FOLDS, {"policy": start}, lambda _: self._cross_validate(start, num_folds)
+            )
+        stages["improve"] = self._stage(
+            "improve",
+            _IMPROVE,
+            {"policy": start, "q_function": stages["fit"]},
+            lambda folder: self._improve(folder, stages),
+        )
+        stages["grade"] = self._stage(
+            "grade",
+            _GRADE,
+            {"candidate": stages["improve"], "grader": stages["grader"]},
+            lambda f: self._grade(f, stages),
+        )
+        return StepResult(stages=stages)
+
+    def _start(self, folder: Path) -> dict[str, Any]:
+        logs = self.logs if self.config.policy.start == "tiny" else None
+        policy, metrics = start_policy(self.config, logs, seed=self._seed(_START), progress=self.progress)
+        policy.save(folder / "policy")
+        return metrics
+
+    def _fit(self, folder: Path, start: Stage, half: Sequence[int], name: str) -> dict[str, Any]:
+        fitted = fit_q_from_logs(
+            self.config,
+            self._load(start),
+            [self.conversations[i] for i in half],
+            start=start.folder / "policy",
+            name=str(self.logs),
+            seed=self._seed(_FIT if name == "fit" else _GRADER),
+            progress=self.progress,
+            groups=[self.groups[i] for i in half],
+        )
+        fitted.save(folder)
+        return fitted.metrics() | {"report": to_json(fitted.report)}
+
+    def _cross_validate(self, start: Stage, num_folds: int) -> dict[str, Any]:
+        result = cross_validate(
+            self.config,
+            self._load(start),
+            self.conversations,
+            start=start.folder / "policy",
+            num_folds=num_folds,
+            groups=self.groups,
+            seed=self._seed(_FOLDS),
+            progress=self.progress,
+        )
+        metrics: dict[str, Any] = to_json(result)
+        return metrics
+
+    def _improve(self, folder: Path, stages: dict[str, Stage]) -> dict[str, Any]:
+        return improve_from_logs(
+            self.config,
+            self._load(stages["start"]),
+            self._q_function(stages["fit"]),
+            [self.conversations[i] for i in self.halves[0]],
+            folder,
+            kl_target=self.config.improvement.kl_target,
+            seed=self._seed(_IMPROVE),
+            progress=self.progress,
+        )
+
+    def _grade(self, folder: Path, stages: dict[str, Stage]) -> dict[str, Any]:
+        """Both policies answer the same prompts with the same luck; both Q-functions score the answers."""
+        policy, candidate = self._load(stages["start"]), self._load(stages["improve"])
+        generator = np.random.default_rng(self._seed(_GRADE))
+        order = generator.permutation(self.halves[1]).tolist()
+        tokenized: list[tuple[int, TokenizedTurns]] = []
+        num_prompts = 0
+        for i in order:
+            turns = tokenize(self.conversations[i], policy.renderer)
+            tokenized.append((i, turns))
+            num_prompts += len(turns.prompts)
+            if num_prompts >= _NUM_GRADED_PROMPTS:
+                break
+        prompts = [prompt for _, turns in tokenized for prompt in turns.prompts]
+        groups = [self.groups[i] for i, turns in tokenized for _ in turns.prompts]
+        uniforms_BT = generator.random((len(prompts), self.config.policy.max_response_tokens))
+        before = policy.respond(prompts, uniforms_BT, progress=self.progress, what="answer as the policy")
+        after = candidate.respond(prompts, uniforms_BT, progress=self.progress, what="answer as the candidate")
+        gains = {}
+        q_values = {}
+        for role, name in (("other_half", "grader"), ("trained_on", "fit")):
+            q_function = self._q_function(stages[name])
+            q_values[role] = [
+                q_function.values(prompts, answers, tokens_per_batch=self.config.compute.tokens_per_batch).numpy()
+                for answers in (before, after)
+            ]
+            gains[role] = clustered_interval(q_values[role][1] - q_values[role][0], groups)
+        shown = np.linspace(0, len(prompts) - 1, min(_NUM_SAMPLES_SHOWN, len(prompts))).astype(int).tolist()
+        (folder / "samples.md").write_text(
+            _samples(
+                policy.tokenizer.decode,
+                [prompts[i] for i in shown],
+                [policy.renderer.response_text(before[i]) for i in shown],
+                [policy.renderer.response_text(after[i]) for i in shown],
+                [(float(q_values["other_half"][0][i]), float(q_values["other_half"][1][i])) for i in shown],
+            ),
+            encoding="utf-8",
+        )
+        return {
+            "num_prompts": len(prompts),
+            "num_conversations": len(tokenized),
+            "q_policy": float(q_values["other_half"][0].mean()),
+            "q_candidate": float(q_values["other_half"][1].mean()),
+            "q_gain": to_json(gains["other_half"]),
+            "q_gain_by_own_q": to_json(gains["trained_on"]),
+        }
+
+    def _load(self, stage: Stage) -> Policy:
+        return Policy.load(stage.folder / "policy", self.config.policy, device=self.device)
+
+    def _q_function(self, stage: Stage) -> QFunction:
+        return QFunction.load(stage.folder / "q_function", device=self.device)
+
+    def _seed(self, key: int) -> int:
+        return int(np.random.SeedSequence([self.config.seed, 0, key]).generate_state(1)[0])
+
+    def _stage(self, name: str, key: int, parents: dict[str, Stage], make: Callable[[Path], dict[str, Any]]) -> Stage:
+        folders = {role: parent.folder for role, parent in parents.items()}
+        return self.directory.stage(name, seed=self._seed(key), parents=folders, make=make)
+
+
+def copy_log(logs: Path, directory: RunDirectory, *, bad_lines: BadLines) -> list[Conversation]:
+    """Reads the logs once and keeps what was read in the run's folder, so that a resumed step sees the same."""
+    copy = directory.path / "conversations.jsonl"
+    if not copy.exists():
+        write_conversations(
+            copy, read_conversations(logs, bad_lines=bad_lines, rejects=directory.path / "rejected.jsonl")
+        )
+    return list(read_conversations(copy))
+
+
+def _samples(
+    decode: Callable[[Sequence[int]], str],
+    prompts: Sequence[Sequence[int]],
+    before: Sequence[str],
+    after: Sequence[str],
+    q_values: Sequence[tuple[float, float]],
+) -> str:
+    """Answers before and after, side by side, with their Q by the grader."""
+    lines = ["# Answers before and after, with the Q of the other half", ""]
+    for i, (prompt, old, new, (old_q, new_q)) in enumerate(zip(prompts, before, after, q_values, strict=True)):
+        quoted = "\n".join(f"> {line}" for line in decode(prompt)[-600:].splitlines())
+        lines += [f"## {i + 1}", "", quoted, "", "| | Q | answer |", "|---|---|---|"]
+        lines += [f"| before | {old_q:.3f} | {_cell(old)} |", f"| after | {new_q:.3f} | {_cell(new)} |", ""]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|") or "*(nothing)*"
