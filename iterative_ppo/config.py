@@ -115,6 +115,8 @@ class IterationsConfig(_Section):
 class QFunctionConfig(_Section):
     gamma: Share = 1.0
     """Turn discount of the returns. Below 1, an outcome is worth less the more turns it took. (The token discount is always 1.)"""
+    return_lambda: Share = 1.0
+    """Lambda of the TD(lambda) returns that Q is fitted to after its first pass: 1 is Monte Carlo, which is unbiased; below 1 the future beyond a turn is taken in part from Q itself, which is less noisy."""
     link: Literal["identity", "logistic"] = "logistic"
     """From the scalar head to Q. `logistic` keeps Q in [0, 1] and needs returns in [0, 1]; `identity` fits any return."""
     loss: Literal["binary_cross_entropy", "squared_error", "hl_gauss"] = "binary_cross_entropy"
@@ -139,7 +141,7 @@ class ImprovementConfig(_Section):
     """Who does the single-turn improvement step."""
     algorithm: Literal["ppo", "grpo", "rloo"] = "ppo"
     """`ppo` has a token-level value baseline; `grpo` and `rloo` compare `num_samples` responses to the same prompt."""
-    num_updates: Count = 12
+    num_updates: Count = 16
     """Batches of fresh responses, at most; the step ends earlier when the KL budget is spent."""
     prompts_per_update: Count = 256
     """Logged prompts answered in each update."""

@@ -26,13 +26,15 @@ class LabelledSequence:
 
     Example:
         LabelledSequence(token_ids=(1, 8, 9, 2, 5, 9, 2), spans=((2, 4), (5, 7)), turns=(0, 1),
-                         returns=(1.0, 1.0), group="c-001", messages_seen=(1, 3), num_messages=4)
+                         returns=(1.0, 1.0), conversation=0, group="c-001", messages_seen=(1, 3), num_messages=4)
     """
 
     token_ids: TokenIds
     spans: tuple[tuple[int, int], ...]
     turns: tuple[int, ...]
     returns: tuple[float, ...]
+    conversation: int
+    """Which conversation of the data set this is part of."""
     group: str
     """All sequences of a conversation share it; they fall on one side of every split."""
     messages_seen: tuple[int, ...]
@@ -65,6 +67,7 @@ def fit_q_function(
     config: QFunctionConfig,
     tokens_per_batch: int,
     generator: np.random.Generator,
+    retarget: Callable[[Predictions], list[tuple[float, ...]]] | None = None,
     progress: Progress = no_progress,
 ) -> FitHistory:
     """Regresses Q on the returns, all decision points of a conversation in one pass.
@@ -72,6 +75,11 @@ def fit_q_function(
     At each decision point the end of the response weighs 1, and the tokens before it (from the state alone to the
     last token but one) weigh 1 together, so that Q is also a token-level value. Ensemble member m sees each
     conversation with a weight drawn from Poisson(1) (the bootstrap); a single member sees all with weight 1.
+
+    Args:
+        held_out: the sequences that decide when to stop, always by their returns as given.
+        retarget: makes new targets of the training sequences from Q's present predictions on them (TD(λ) returns);
+            asked before every pass but the first.
 
     Raises:
         ValueError: returns outside [0, 1] with the logistic link.
@@ -88,13 +96,21 @@ def fit_q_function(
     weight_of = dict(zip(groups, torch.from_numpy(bootstrap_GM.astype(np.float32)), strict=True))
     rows = range(len(sequences))
     train_rows = [row for row in rows if not held_out[row]]
+    targets = [sequence.returns for sequence in sequences]
     module, element_loss = _objective(q_function, config, returns)
+
+    def before_pass(pass_: int) -> None:
+        if pass_ > 1 and retarget is not None:
+            train = [sequences[row] for row in train_rows]
+            new_targets = retarget(predict(q_function, train, tokens_per_batch=tokens_per_batch))
+            for row, target in zip(train_rows, new_targets, strict=True):
+                targets[row] = target
 
     def loss_sum_and_weight(batch: list[int]) -> tuple[Tensor, Tensor]:
         chosen = [sequences[row] for row in batch]
         token_BT, mask_BT = pad_right([sequence.token_ids for sequence in chosen])
         width = token_BT.shape[1]
-        weighted = [_token_weights(sequence, ends_only=not module.training) for sequence in chosen]
+        weighted = [_token_weights(sequences[row], targets[row], ends_only=not module.training) for row in batch]
         weight_BT = pad_values([weights for weights, _ in weighted], width=width).to(q_function.device)
         target_BT = pad_values([targets for _, targets in weighted], width=width).to(q_function.device)
         read = weight_BT > 0
@@ -120,6 +136,7 @@ def fit_q_function(
         generator=generator,
         what="fit Q",
         progress=progress,
+        before_pass=before_pass,
     )
     if isinstance(module, _HistogramHeads):
         _read_out(module, [sequences[row] for row in train_rows], tokens_per_batch=tokens_per_batch)
@@ -171,11 +188,13 @@ def predict_after_share(
     return dict(zip(groups, values, strict=True))
 
 
-def _token_weights(sequence: LabelledSequence, *, ends_only: bool) -> tuple[np.ndarray, np.ndarray]:
+def _token_weights(
+    sequence: LabelledSequence, targets: tuple[float, ...], *, ends_only: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Loss weight and target of each token position of a sequence."""
     weight_T = np.zeros(len(sequence.token_ids), dtype=np.float32)
     target_T = np.zeros(len(sequence.token_ids), dtype=np.float32)
-    for (start, end), target in zip(sequence.spans, sequence.returns, strict=True):
+    for (start, end), target in zip(sequence.spans, targets, strict=True):
         before = slice(start - 1, max(end - 1, start))
         target_T[start - 1 : max(end, start)] = target
         if not ends_only:
@@ -240,7 +259,8 @@ def _read_out(heads: _HistogramHeads, sequences: Sequence[LabelledSequence], *, 
     for batch in micro_batches([len(s.token_ids) for s in sequences], tokens_per_batch=4 * tokens_per_batch):
         token_BT, mask_BT = pad_right([sequences[b].token_ids for b in batch])
         read = pad_values(
-            [_token_weights(sequences[b], ends_only=False)[0] for b in batch], width=token_BT.shape[1]
+            [_token_weights(sequences[b], sequences[b].returns, ends_only=False)[0] for b in batch],
+            width=token_BT.shape[1],
         ).to(q_function.device)
         hidden_ND = q_function.hidden(token_BT, mask_BT)[read > 0]
         mean_NM = losses.hl_gauss_mean(heads.bin_logits(hidden_ND), heads.edges)

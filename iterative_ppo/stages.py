@@ -18,13 +18,19 @@ from iterative_ppo.improvement import native
 from iterative_ppo.improvement.base import RewardFunction
 from iterative_ppo.intervals import Interval, clustered_interval, mean_interval
 from iterative_ppo.policy import Policy
-from iterative_ppo.q_fit import LabelledSequence, fit_q_function, predict
+from iterative_ppo.q_fit import LabelledSequence, Predictions, fit_q_function, predict
 from iterative_ppo.q_function import QFunction, QFunctionCard, TokenValue
 from iterative_ppo.q_report import QReport, assess
 from iterative_ppo.rendering import TokenIds
 from iterative_ppo.run_directory import RunDirectory, Stage, to_json, write_json
 from iterative_ppo.supervised import Progress
-from iterative_ppo.turns_to_tokens import all_prompts, labelled_sequences, response_sequences, tokenize
+from iterative_ppo.turns_to_tokens import (
+    all_prompts,
+    labelled_sequences,
+    response_sequences,
+    td_lambda_targets,
+    tokenize,
+)
 
 _START, _COLLECT, _FIT, _IMPROVE, _EVALUATE, _FINAL = range(6)
 
@@ -326,6 +332,11 @@ def fit_q_from_logs(
     held_out = split_by_group(
         [sequence.group for sequence in sequences], held_out_share=q_config.held_out_share, seed=seed
     )
+    train = [sequence for sequence, out in zip(sequences, held_out, strict=True) if not out]
+
+    def retarget(predictions: Predictions) -> list[tuple[float, ...]]:
+        return td_lambda_targets(train, predictions, gamma=q_config.gamma, lambda_=q_config.return_lambda)
+
     history = fit_q_function(
         q_function,
         sequences,
@@ -333,10 +344,10 @@ def fit_q_from_logs(
         config=q_config,
         tokens_per_batch=config.compute.tokens_per_batch,
         generator=np.random.default_rng(seed),
+        retarget=None if q_config.return_lambda == 1 else retarget,
         progress=progress,
     )
     test = [sequence for sequence, out in zip(sequences, held_out, strict=True) if out]
-    train = [sequence for sequence, out in zip(sequences, held_out, strict=True) if not out]
     tokens_per_batch = config.compute.tokens_per_batch
     report = assess(
         predict(q_function, test, tokens_per_batch=tokens_per_batch),
@@ -346,7 +357,7 @@ def fit_q_from_logs(
     card = QFunctionCard(
         link=q_config.link,
         gamma=q_config.gamma,
-        target="monte_carlo",
+        target="monte_carlo" if q_config.return_lambda == 1 else f"td_lambda {q_config.return_lambda:g}",
         policy=name,
         metrics=to_json(
             {
@@ -375,7 +386,7 @@ def labelled(
         turns = tokenize(conversation, policy.renderer)
         num_dropped += turns.num_dropped_messages
         group = groups[i] if groups is not None else f"{i}:{conversation.id}"
-        own = labelled_sequences(conversation, turns, gamma=gamma, group=group)
+        own = labelled_sequences(conversation, turns, gamma=gamma, index=i, group=group)
         num_unlabelled += not own
         sequences += own
     counts = {

@@ -47,6 +47,7 @@ def fit_passes(
     generator: np.random.Generator,
     what: str,
     progress: Progress = no_progress,
+    before_pass: Callable[[int], None] | None = None,
 ) -> FitHistory:
     """Minimises the mean loss over rows by AdamW with a cosine schedule, and keeps the best pass.
 
@@ -57,6 +58,7 @@ def fit_passes(
         lengths: tokens of each row.
         train_rows: rows to train on; steps hold 1/64 of them, between 8 and 32 rows.
         held_out_rows: rows that decide when to stop; without any, all passes are made.
+        before_pass: called before each pass with its number, from 1.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
@@ -79,6 +81,8 @@ def fit_passes(
     train_losses: list[float] = []
     best_pass, best_weights = 0, copy.deepcopy(model.state_dict())
     for pass_ in range(1, max_passes + 1):
+        if before_pass:
+            before_pass(pass_)
         model.train()
         order = generator.permutation(np.asarray(train_rows))
         pass_loss, pass_weight = 0.0, 0.0

@@ -7,7 +7,7 @@ import numpy as np
 
 from iterative_ppo import returns
 from iterative_ppo.conversations import Conversation, chat_messages, decision_points, turn_rewards
-from iterative_ppo.q_fit import LabelledSequence
+from iterative_ppo.q_fit import LabelledSequence, Predictions
 from iterative_ppo.rendering import Renderer, TokenIds, TurnSequence, pack_turns
 
 
@@ -57,7 +57,7 @@ def response_sequences(turns: TokenizedTurns) -> list[TurnSequence]:
 
 
 def labelled_sequences(
-    conversation: Conversation, turns: TokenizedTurns, *, gamma: float, group: str
+    conversation: Conversation, turns: TokenizedTurns, *, gamma: float, index: int, group: str
 ) -> list[LabelledSequence]:
     """What the Q-function is fitted to: decision points with their Monte Carlo returns.
 
@@ -78,12 +78,42 @@ def labelled_sequences(
             spans=sequence.spans,
             turns=sequence.turns,
             returns=tuple(return_H[turn] for turn in sequence.turns),
+            conversation=index,
             group=group,
             messages_seen=tuple(seen[turn] for turn in sequence.turns),
             num_messages=turns.num_messages,
         )
         for sequence in pack_turns(prompts, responses)
     ]
+
+
+def td_lambda_targets(
+    sequences: Sequence[LabelledSequence], predictions: Predictions, *, gamma: float, lambda_: float
+) -> list[tuple[float, ...]]:
+    """TD(λ) returns of every span, bootstrapped from predictions of Q on the same sequences.
+
+    A state without a response (a conversation's end) keeps its return.
+    """
+    place = {
+        (sequence.conversation, turn): (row, position)
+        for row, sequence in enumerate(sequences)
+        for position, (turn, (start, end)) in enumerate(zip(sequence.turns, sequence.spans, strict=True))
+        if end > start
+    }
+    q_value = dict(zip(place, predictions.q_value.tolist(), strict=True))
+    by_conversation: dict[int, list[tuple[int, int]]] = {}
+    for key in sorted(place):
+        by_conversation.setdefault(key[0], []).append(key)
+    keys = list(by_conversation.values())
+    return_NH, mask_NH = returns.pad([[sequences[place[k][0]].returns[place[k][1]] for k in row] for row in keys])
+    q_value_NH, _ = returns.pad([[q_value[k] for k in row] for row in keys])
+    following_NH = np.concatenate([return_NH[:, 1:], np.zeros((len(keys), 1))], axis=1)
+    target_NH = returns.td_lambda(return_NH - gamma * following_NH, q_value_NH, mask_NH, gamma=gamma, lambda_=lambda_)
+    targets = [list(sequence.returns) for sequence in sequences]
+    for n, row in enumerate(keys):
+        for h, key in enumerate(row):
+            targets[place[key][0]][place[key][1]] = float(target_NH[n, h])
+    return [tuple(target) for target in targets]
 
 
 def all_prompts(tokenized: Iterable[TokenizedTurns]) -> list[TokenIds]:
