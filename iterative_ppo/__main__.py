@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import click
 from rich.console import Console
+from safetensors import SafetensorError
 
 from iterative_ppo import __version__
 from iterative_ppo import config as config_module
@@ -318,7 +319,7 @@ def main() -> None:
         sys.exit(_EXIT_USER_MISTAKE)
     except (KeyboardInterrupt, click.exceptions.Abort):
         _fail("interrupted; finished stages are kept", _EXIT_INTERRUPTED)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:  # the last: weights that cannot be read or written
         _fail(str(error), _EXIT_USER_MISTAKE)
     except (RuntimeError, MemoryError) as error:
         _fail(f"{type(error).__name__}: {error}", _EXIT_FAILED)

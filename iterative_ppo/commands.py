@@ -153,6 +153,8 @@ def run_fit(
     started = time.perf_counter()
     policy = load_policy(config, policy_source)
     conversations = list(read_conversations(logs, bad_lines=bad_lines))
+    if out is not None:
+        empty_folder(out)
     groups = group_names(conversations, group)
     result: dict[str, Any] = {}
     if num_folds:
@@ -160,7 +162,7 @@ def run_fit(
             config,
             policy,
             conversations,
-            start=policy_source,
+            start=policy_folder(policy_source),
             num_folds=num_folds,
             groups=groups,
             seed=config.seed,
@@ -169,12 +171,11 @@ def run_fit(
         result |= to_json(folds)
         report.print_folds(result, console)
     if out is not None:
-        empty_folder(out)
         fitted = fit_q_from_logs(
             config,
             policy,
             conversations,
-            start=policy_source,
+            start=policy_folder(policy_source),
             name=policy_source,
             seed=config.seed,
             progress=progress,
@@ -320,8 +321,13 @@ def run_chat(
 
 def load_policy(config: Config, source: str) -> Policy:
     """A policy from a hub id or a folder; also from a stage's folder that holds one."""
+    return Policy.load(policy_folder(source), config.policy, device=resolve_device(config.compute.device))
+
+
+def policy_folder(source: str) -> str:
+    """Where a policy's weights are: the source itself, or the `policy` in a stage's folder."""
     inner = Path(source) / "policy"
-    return Policy.load(inner if inner.is_dir() else source, config.policy, device=resolve_device(config.compute.device))
+    return str(inner) if inner.is_dir() else source
 
 
 def environment_maker(config: Config) -> Callable[[], TextEnvironment]:

@@ -4,11 +4,13 @@ The string under a field is its documentation: `ippo config` prints it, and ther
 """
 
 import ast
+import copy
 import dataclasses
 import difflib
 import inspect
 import json
 import math
+import sys
 import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -29,7 +31,8 @@ class _Range:
 
 Count = Annotated[int, _Range(1)]
 Share = Annotated[float, _Range(0, 1)]
-Positive = Annotated[float, _Range(1e-30)]
+_SMALLEST = 1e-30
+Positive = Annotated[float, _Range(_SMALLEST)]
 NonNegative = Annotated[float, _Range(0)]
 
 
@@ -43,7 +46,7 @@ def _problem(value: object, annotation: Any) -> str | None:
         annotation, bounds = get_args(annotation)
     base = get_origin(annotation) or annotation
     if base is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
             return "a finite number"
     elif base is int:
         if isinstance(value, bool) or not isinstance(value, int):
@@ -52,7 +55,7 @@ def _problem(value: object, annotation: Any) -> str | None:
         return {bool: "true or false", str: "a string", dict: "a table"}[base]
     if isinstance(value, (int, float)) and not bounds.low <= value <= bounds.high:
         if bounds.high == math.inf:
-            return f"at least {bounds.low:g}" if bounds.low > 1e-29 else "more than 0"
+            return "more than 0" if bounds.low == _SMALLEST else f"at least {bounds.low:g}"
         return f"from {bounds.low:g} to {bounds.high:g}"
     return None
 
@@ -260,7 +263,7 @@ def with_setting(tables: Mapping[str, Any], assignment: str) -> dict[str, Any]:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    changed = json.loads(json.dumps(tables))
+    changed: dict[str, Any] = copy.deepcopy(dict(tables))
     table = changed
     for key in keys[:-1]:
         table = table.setdefault(key, {})
@@ -328,7 +331,7 @@ def _toml_value(value: Any) -> str:
         case str():
             return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         case Mapping():
-            return "{" + ", ".join(f"{json.dumps(str(k))} = {_toml_value(v)}" for k, v in value.items()) + "}"
+            return "{" + ", ".join(f"{_toml_value(str(k))} = {_toml_value(v)}" for k, v in value.items()) + "}"
         case list() | tuple():
             return "[" + ", ".join(map(_toml_value, value)) + "]"
     raise ConfigError(f"{value!r} ({type(value).__name__}) cannot be a setting")

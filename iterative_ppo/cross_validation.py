@@ -12,7 +12,7 @@ from iterative_ppo.config import Config
 from iterative_ppo.conversations import Conversation, folds_by_group, turn_rewards
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_fit import Predictions, predict, predict_after_share
-from iterative_ppo.q_report import calibration_bins, discrimination, expected_calibration_error, is_binary
+from iterative_ppo.q_report import calibration_bins, discrimination, expected_calibration_error, is_binary, measure_of
 from iterative_ppo.stages import fit_q_from_logs, labelled
 from iterative_ppo.supervised import Progress
 from iterative_ppo.text_baseline import SHARES, cross_fitted_scores
@@ -58,6 +58,8 @@ def cross_validate(
     """
     started = time.perf_counter()
     usable = [i for i, conversation in enumerate(conversations) if turn_rewards(conversation)]
+    if len({groups[i] for i in usable}) < num_folds:
+        raise ValueError(f"fewer than {num_folds} conversations (or groups) with a known outcome: no {num_folds} folds")
     conversations = [conversations[i] for i in usable]
     groups = [groups[i] for i in usable]
     fold_N = np.asarray(folds_by_group(groups, num_folds=num_folds, seed=seed))
@@ -130,4 +132,4 @@ def group_names(conversations: Sequence[Conversation], key: str | None) -> list[
 
 def _known(predicted_N: np.ndarray, target_N: np.ndarray) -> float | None:
     known_N = np.isfinite(predicted_N)
-    return discrimination(predicted_N[known_N], target_N[known_N])
+    return discrimination(predicted_N[known_N], target_N[known_N], measure=measure_of(target_N))

@@ -83,11 +83,11 @@ def group_advantages(reward_B: Tensor, *, num_samples: int, normalize: bool) -> 
     A = r − mean over the group, divided by the group's standard deviation when `normalize`. A group whose
     rewards are all equal has advantage 0: it cannot rank anything.
     """
-    reward_GK = reward_B.view(-1, num_samples)
+    reward_GK = reward_B.double().view(-1, num_samples)  # in float32 the mean of equal numbers may differ from them
     advantage_GK = reward_GK - reward_GK.mean(1, keepdim=True)
     if normalize:
         advantage_GK = advantage_GK / (reward_GK.std(1, keepdim=True, correction=0) + 1e-6)
-    return advantage_GK.reshape(-1)
+    return advantage_GK.reshape(-1).to(reward_B.dtype)
 
 
 def leave_one_out_advantages(reward_B: Tensor, *, num_samples: int) -> Tensor:
@@ -131,11 +131,14 @@ def kl_k3(logprob_BT: Tensor, anchor_logprob_BT: Tensor) -> Tensor:
 
 
 def kl_loss(logprob_BT: Tensor, anchor_logprob_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """(1/B) Σ_b Σ_t ½ (log π − log anchor)²: under fresh samples of π its expected gradient is that of KL(π‖anchor).
+    """(1/B) Σ_b ½ (Σ_t log π − log anchor)²: under fresh samples of π its expected gradient is that of KL(π‖anchor).
 
-    This is the k2 estimator. k3 as a loss would follow the gradient of KL(anchor‖π), and k1 has none on average.
+    This is the k2 estimator of whole responses. The sum is inside the square, so that an early token also answers for
+    the KL of the tokens that it leads to. k3 as a loss would follow the gradient of KL(anchor‖π), and k1 has none on
+    average.
     """
-    return 0.5 * masked_sum((logprob_BT - anchor_logprob_BT).square(), mask_BT) / mask_BT.shape[0]
+    log_ratio_BT = torch.where(mask_BT, logprob_BT - anchor_logprob_BT, 0.0)
+    return 0.5 * log_ratio_BT.sum(1).square().mean()
 
 
 def explained_variance(prediction: Tensor, target: Tensor) -> float:
@@ -148,7 +151,7 @@ def explained_variance(prediction: Tensor, target: Tensor) -> float:
 
 def token_value_loss(token_value_BT: Tensor, return_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """½ (V − return)², averaged over the real tokens."""
-    return 0.5 * masked_mean((token_value_BT - return_BT).square(), mask_BT)
+    return 0.5 * masked_mean(torch.where(mask_BT, token_value_BT - return_BT, 0.0).square(), mask_BT)
 
 
 def squared_error(q_value: Tensor, target: Tensor) -> Tensor:
@@ -164,9 +167,10 @@ def binary_cross_entropy(logit: Tensor, target: Tensor) -> Tensor:
 def hl_gauss_target(target: Tensor, edges: Tensor, *, sigma: float) -> Tensor:
     """The target as a histogram: a Gaussian of width σ around it, cut to the support, integrated over each bin.
 
-    HL-Gauss (Imani & White 2018; Farebrother et al. 2024, arXiv 2403.03950). `edges` [K+1] ascending; returns
-    [..., K] that sums to 1.
+    HL-Gauss (Imani & White 2018; Farebrother et al. 2024, arXiv 2403.03950). `edges` [K+1] ascending; a target beyond
+    them counts as the nearest of them; returns [..., K] that sums to 1.
     """
+    target = target.clamp(edges[0], edges[-1])
     cdf = torch.special.erf((edges - target.unsqueeze(-1)) / (sigma * math.sqrt(2.0)))
     return (cdf[..., 1:] - cdf[..., :-1]) / (cdf[..., -1:] - cdf[..., :1])
 

@@ -1,11 +1,13 @@
 """A language model as the policy π(response | prompt): load, sample, score, clone from logs, save."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
@@ -63,9 +65,7 @@ class Policy:
             context_tokens=min(config.context_tokens, limit),
             max_response_tokens=config.max_response_tokens,
         )
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.renderer.end_id
+        self.pad_id = _padding_token(tokenizer, self.renderer.end_id)
         model.config.pad_token_id = self.pad_id
 
     @classmethod
@@ -73,10 +73,13 @@ class Policy:
         """Loads a hub id or a folder. Raises ValueError with one line where there is no such model."""
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        except (OSError, ValueError, KeyError) as error:
+            model, loading = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"policy {str(source)!r} cannot be loaded: {reason}") from error
+        missing = sorted(loading["missing_keys"])
+        if missing:
+            raise ValueError(f"policy {str(source)!r} cannot be loaded: it lacks the weights {', '.join(missing[:3])}")
         return cls(model.to(device), tokenizer, config)
 
     @classmethod
@@ -237,11 +240,22 @@ class Policy:
             progress=progress,
         )
 
-    def _logits(self, hidden_ND: Tensor) -> Tensor:
-        """The vocabulary projection of chosen hidden states, with the cap that some families put on it."""
-        logits_NV = self.model.get_output_embeddings()(hidden_ND)
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
+    @functools.cached_property
+    def _has_plain_head(self) -> bool:
+        """Whether logits are the output embedding of the hidden state and nothing else (no cap, no scale)."""
+        token_BT = torch.tensor([[self.renderer.end_id, self.pad_id]], device=self.device)
+        with torch.no_grad():
+            hidden_BTD = self.model.base_model(input_ids=token_BT, use_cache=False).last_hidden_state
+            plain_BTV = self.model.get_output_embeddings()(hidden_BTD)
+            return torch.allclose(plain_BTV, self.model(input_ids=token_BT, use_cache=False).logits, atol=1e-5)
+
+    def _logits_at(self, token_BT: Tensor, mask_BT: Tensor, chosen_BT: Tensor) -> Tensor:
+        """Logits at chosen positions only [N, V]: the vocabulary is the widest thing that a model computes."""
+        arguments = {"input_ids": token_BT, "attention_mask": mask_BT.long(), "use_cache": False}
+        if not self._has_plain_head:
+            return self.model(**arguments).logits[chosen_BT].float() / self.temperature
+        hidden_ND = self.model.base_model(**arguments).last_hidden_state[chosen_BT]
+        return self.model.get_output_embeddings()(hidden_ND).float() / self.temperature
 
     def _negative_log_likelihood(
         self, sequences: Sequence[TurnSequence]
@@ -252,15 +266,27 @@ class Policy:
             for b, row in enumerate(rows):
                 for start, end in sequences[row].spans:
                     is_response_BT[b, start:end] = True
-            output = self.model.base_model(
-                input_ids=token_BT.to(self.device), attention_mask=mask_BT.long().to(self.device), use_cache=False
-            )
-            is_target = is_response_BT[:, 1:].to(self.device)
-            target_N = token_BT[:, 1:].to(self.device)[is_target]
-            logits_NV = self._logits(output.last_hidden_state[:, :-1][is_target]).float() / self.temperature
-            return -token_logprobs(logits_NV, target_N).sum(), is_target.sum()
+            token_BT, mask_BT = token_BT.to(self.device), mask_BT.to(self.device)
+            precedes_target_BT = is_response_BT.roll(-1, dims=1).to(self.device)
+            precedes_target_BT[:, -1] = False
+            target_N = token_BT.roll(-1, dims=1)[precedes_target_BT]
+            logits_NV = self._logits_at(token_BT, mask_BT, precedes_target_BT)
+            return -token_logprobs(logits_NV, target_N).sum(), precedes_target_BT.sum()
 
         return loss_sum_and_weight
+
+
+def _padding_token(tokenizer: PreTrainedTokenizerBase, end_id: int) -> int:
+    """The tokenizer's padding token, made another one than the end of a response where it is none or the same.
+
+    A sequence-classification checkpoint is read at the last token that is not padding: that must be the end token.
+    Padding may be any other token, because no response ends with it.
+    """
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == end_id:
+        others = [token for token in tokenizer.all_special_ids if token != end_id]
+        pad_id = others[0] if others else int(end_id == 0)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    return int(tokenizer.pad_token_id)
 
 
 def _tiny_tokenizer(texts: Iterable[str], config: PolicyConfig) -> PreTrainedTokenizerFast:

@@ -44,11 +44,11 @@ def iterate(stages: Stages, *, count: int) -> Iterator[IterationRecord]:
     """
     policy = stages.start()
     evaluation = stages.evaluate(0, policy, None)
-    yield _record(0, policy, 0, {"start": policy, "evaluate": evaluation})
+    num_conversations = evaluation.metrics["num_conversations"]
+    yield _record(0, policy, num_conversations, {"start": policy, "evaluate": evaluation})
 
     q_function: Stage | None = None
     batches: tuple[Stage, ...] = (evaluation,)
-    num_conversations = evaluation.metrics["num_conversations"]
     num_holds = 0
     for iteration in range(1, count + 1):
         batch = stages.collect(iteration, policy)

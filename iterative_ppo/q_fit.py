@@ -102,9 +102,11 @@ def fit_q_function(
     def before_pass(pass_: int) -> None:
         if pass_ > 1 and retarget is not None:
             train = [sequences[row] for row in train_rows]
+            if isinstance(module, _HistogramHeads):
+                _read_out(module, train, tokens_per_batch=tokens_per_batch)
             new_targets = retarget(predict(q_function, train, tokens_per_batch=tokens_per_batch))
             for row, target in zip(train_rows, new_targets, strict=True):
-                targets[row] = target
+                targets[row] = tuple(np.clip(target, 0, 1)) if q_function.link == "logistic" else target
 
     def loss_sum_and_weight(batch: list[int]) -> tuple[Tensor, Tensor]:
         chosen = [sequences[row] for row in batch]
@@ -199,6 +201,7 @@ def _token_weights(
         target_T[start - 1 : max(end, start)] = target
         if not ends_only:
             weight_T[before] = 1.0 / (before.stop - before.start)
+            weight_T[start - 1] = 1.0
         if end > start:
             weight_T[end - 1] = 1.0
     return weight_T, target_T
@@ -218,25 +221,31 @@ def _objective(
                 q_function.to_value(hidden_ND @ q_function.heads.T), target_N[:, None]
             )
         case "hl_gauss":
-            heads = _HistogramHeads(q_function, low=float(returns.min()), high=float(returns.max()))
+            heads = _HistogramHeads(q_function, returns)
             return heads, heads.loss
 
 
 class _HistogramHeads(nn.Module):
     """HL-Gauss: every ensemble member predicts a histogram of the return while the trunk is trained."""
 
-    def __init__(self, q_function: QFunction, *, low: float, high: float) -> None:
+    def __init__(self, q_function: QFunction, returns: np.ndarray) -> None:
         super().__init__()
         self.q_function = q_function
+        low, high = float(returns.min()), float(returns.max())
         margin = 0.1 * max(high - low, 1e-3)
-        edges = torch.linspace(low - margin, high + margin, _NUM_BINS + 1, device=q_function.device)
+        edges = torch.linspace(low - margin, high + margin, _NUM_BINS + 1)
         self.edges: Tensor
         self.register_buffer("edges", edges)
         self.sigma = 0.75 * float(edges[1] - edges[0])
         num_heads, hidden_size = q_function.heads.shape
-        self.bins = nn.Linear(hidden_size, num_heads * _NUM_BINS).to(q_function.device)
-        nn.init.zeros_(self.bins.weight)
-        nn.init.zeros_(self.bins.bias)
+        # From the returns' own histogram, and not from nothing: otherwise the fit sits on the mean for so many passes
+        # that it stops there.
+        histogram_K = losses.hl_gauss_target(torch.from_numpy(returns).float(), edges, sigma=self.sigma).mean(0)
+        self.bins = nn.Linear(hidden_size, num_heads * _NUM_BINS)
+        nn.init.normal_(self.bins.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            self.bins.bias.copy_((histogram_K + 1e-6).log().repeat(num_heads))
+        self.to(q_function.device)
 
     def bin_logits(self, hidden_ND: Tensor) -> Tensor:
         return self.bins(hidden_ND).unflatten(-1, (-1, _NUM_BINS))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +73,10 @@ class QFunction(nn.Module):
         """Loads a checkpoint of `save`; a plain one-label checkpoint without our JSON is refused by name."""
         card = load_card(folder)
         model = _load_classifier(folder)
-        heads = load_file(Path(folder) / "heads.safetensors")["heads"]
+        try:
+            heads = load_file(Path(folder) / "heads.safetensors")["heads"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise ValueError(f"Q-function cannot be loaded from {str(folder)!r}: heads.safetensors: {error}") from error
         return cls(model, link=card.link, heads=heads).to(device)
 
     def save(self, folder: Path, card: QFunctionCard, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -177,7 +181,7 @@ def _load_classifier(folder: str | Path) -> PreTrainedModel:
     transformers_logging.set_verbosity_error()
     try:
         return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"Q-function cannot be loaded from {str(folder)!r}: {reason}") from error
     finally:

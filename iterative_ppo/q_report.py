@@ -11,6 +11,8 @@ from sklearn.metrics import roc_auc_score
 from iterative_ppo.intervals import Interval, clustered_interval
 from iterative_ppo.q_fit import Predictions
 
+Measure = Literal["auc", "spearman"]
+
 _NUM_CALIBRATION_BINS = 10
 
 
@@ -58,7 +60,7 @@ class QReport:
     """Of the value read before the response."""
     state_only_gain: Interval
     """state_only_loss − loss, clustered by conversation."""
-    measure: Literal["auc", "spearman"]
+    measure: Measure
     discrimination: float | None
     """Over all held-out decision points together."""
     by_turn: tuple[TurnDiscrimination, ...]
@@ -92,6 +94,7 @@ def assess(predictions: Predictions, *, constant: float, loss: Literal["cross_en
             f"Q does not beat the state-only predictor (gain {gain.mean:+.5f}, 95 % interval {gain.low:+.5f} to "
             f"{gain.high:+.5f}): these conversations do not show that it can rank responses to the same prompt"
         )
+    measure = measure_of(target)
     calibration = calibration_bins(predictions.q_value, target)
     return QReport(
         num_points=len(target),
@@ -100,14 +103,14 @@ def assess(predictions: Predictions, *, constant: float, loss: Literal["cross_en
         constant_loss=constant_loss,
         state_only_loss=float(state_loss.mean()),
         state_only_gain=gain,
-        measure="auc" if is_binary(target) else "spearman",
-        discrimination=discrimination(predictions.q_value, target),
+        measure=measure,
+        discrimination=discrimination(predictions.q_value, target, measure=measure),
         by_turn=tuple(
             TurnDiscrimination(
                 turn=int(turn),
                 num_points=int((predictions.turn == turn).sum()),
                 discrimination=discrimination(
-                    predictions.q_value[predictions.turn == turn], target[predictions.turn == turn]
+                    predictions.q_value[predictions.turn == turn], target[predictions.turn == turn], measure=measure
                 ),
             )
             for turn in np.unique(predictions.turn)
@@ -123,18 +126,29 @@ def is_binary(target: np.ndarray) -> bool:
     return len(np.unique(target)) <= 2
 
 
-def discrimination(predicted: Sequence[float] | np.ndarray, target: np.ndarray) -> float | None:
-    """AUC for binary targets, Spearman's rank correlation for graded ones; None where either is constant."""
+def measure_of(target: np.ndarray) -> Measure:
+    """AUC for binary targets, Spearman's rank correlation for graded ones."""
+    return "auc" if is_binary(target) else "spearman"
+
+
+def discrimination(
+    predicted: Sequence[float] | np.ndarray, target: np.ndarray, *, measure: Measure | None = None
+) -> float | None:
+    """AUC or Spearman's rank correlation (default: whichever fits the targets); None where either side is constant."""
+    measure = measure or measure_of(target)
     predicted = np.asarray(predicted, dtype=np.float64)
     if len(np.unique(target)) < 2 or len(np.unique(predicted)) < 2:
         return None
-    if is_binary(target):
+    if measure == "auc":
         return float(roc_auc_score(target == target.max(), predicted))
     return float(stats.spearmanr(predicted, target).statistic)
 
 
 def calibration_bins(predicted: np.ndarray, target: np.ndarray) -> tuple[CalibrationBin, ...]:
     """The reliability table: tenths of the points by predicted value."""
+    # Equal predictions stand for their common mean, so that the order of the conversations does not matter.
+    _, level, num_equal = np.unique(predicted, return_inverse=True, return_counts=True)
+    target = (np.bincount(level, weights=target) / num_equal)[level]
     order = np.argsort(predicted, kind="stable")
     return tuple(
         CalibrationBin(

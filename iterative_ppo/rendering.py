@@ -100,13 +100,16 @@ class Renderer:
             raise ValueError(
                 f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruction-tuned model"
             )
-        if context_tokens <= max_response_tokens:
+        # A response that the cap cuts is sent, and read from then on, with an end-of-response token on top.
+        self.prompt_budget = context_tokens - max_response_tokens - 1
+        if self.prompt_budget < 1:
             raise ValueError(
                 f"a context of {context_tokens} tokens leaves no room for a prompt beside a response of "
                 f"{max_response_tokens} tokens (policy.max_response_tokens)"
             )
         self.tokenizer = tokenizer
-        self.prompt_budget = context_tokens - max_response_tokens
+        self.context_tokens = context_tokens
+        self._require_valid_template()
         self._takes_system = self._renders([{"role": "system", "content": _PROBE}, {"role": "user", "content": "a"}])
         self._takes_assistant_first = self._renders(
             [{"role": "assistant", "content": _PROBE}, {"role": "user", "content": "a"}]
@@ -207,6 +210,12 @@ class Renderer:
             return _PROBE in self._apply(messages, generate=True)
         except TemplateError:
             return False
+
+    def _require_valid_template(self) -> None:
+        try:
+            self._apply([{"role": "user", "content": _PROBE}], generate=True)
+        except TemplateError as error:
+            raise ValueError(f"{self.tokenizer.name_or_path}: the chat template is broken: {error}") from error
 
     def _find_end_id(self) -> int:
         """The first token that the template writes after a response; a tokenizer's EOS where it writes none."""

@@ -58,11 +58,12 @@ class RunDirectory:
         config_file = path / "config.toml"
         if config_file.exists() and resume:
             _require_same(config_module.from_dict(config_module.load(config_file)), config, path)
-        elif path.exists() and any(path.iterdir()):
+        elif path.exists() and any(file.name != ".config.toml.partial" for file in path.iterdir()):
             hint = "add --resume to go on with it, or " if config_file.exists() else ""
             raise ConfigError(f"{path}: the folder is not empty; {hint}choose another with --out")
+        text = config_module.to_toml(config)
         path.mkdir(parents=True, exist_ok=True)
-        write_text(config_file, config_module.to_toml(config))
+        write_text(config_file, text)
 
     def stage(
         self,

@@ -83,6 +83,8 @@ class ConversationCache:
         self.end_id = end_id
         self.temperature = temperature
         self.max_response_tokens = max_response_tokens
+        # Sliding windows are measured in cache slots: there, no gap may lie between a row's tokens.
+        self._is_gapless = getattr(model.config.get_text_config(), "sliding_window", None) is not None
         self.num_encoded_tokens = 0
         self._token_ids: list[list[int]] = []
         self._slots: list[list[int]] = []
@@ -131,10 +133,12 @@ class ConversationCache:
                 self._mask_BS[row, self._slots[row][shared:]] = 0
                 del self._token_ids[row][shared:], self._slots[row][shared:]
             fresh.append(list(prefix[shared:]))
-        self._compact()
+        self._compact(always=self._is_gapless)
         width = max((len(tokens) for tokens in fresh), default=0)
         if width:
             self._append(fresh, width)
+            if self._is_gapless:
+                self._compact(always=True)
 
     def _append(self, fresh: Sequence[Sequence[int]], width: int) -> Tensor:
         """Runs the model over new tokens of every row (padded on the right). Returns the last slot's logits [B, V]."""
@@ -184,26 +188,26 @@ class ConversationCache:
                 break
         return SampledResponses(token_ids=tuple(map(tuple, token_ids)), token_logprobs=tuple(map(tuple, logprobs)))
 
-    def _compact(self) -> None:
-        """Gathers the live slots to the left once padding and forgotten tokens are the larger half."""
+    def _compact(self, *, always: bool) -> None:
+        """Gathers each row's live slots at the right end: always, or once padding and forgotten tokens are the larger half."""
         width = max((len(slots) for slots in self._slots), default=0)
-        if self._mask_BS.shape[1] < 2 * width + _CACHE_CHUNK_SLOTS:
+        if not self._layers() or (not always and self._mask_BS.shape[1] < 2 * width + _CACHE_CHUNK_SLOTS):
             return
         index_BS = torch.zeros((len(self._slots), width), dtype=torch.long)
         mask_BS = torch.zeros_like(index_BS)
         for row, slots in enumerate(self._slots):
-            index_BS[row, : len(slots)] = torch.tensor(slots)
-            mask_BS[row, : len(slots)] = 1
-            self._slots[row] = list(range(len(slots)))
+            first = width - len(slots)
+            index_BS[row, first:] = torch.tensor(slots, dtype=torch.long)
+            mask_BS[row, first:] = 1
+            self._slots[row] = list(range(first, width))
         self._mask_BS = mask_BS.to(self.model.device)
         index_BHSD = index_BS.to(self.model.device)[:, None, :, None]
         for layer in self._layers():
-            layer.replace(
-                *(
-                    states.gather(2, index_BHSD.expand(-1, states.shape[1], -1, states.shape[3]))
-                    for states in (layer.keys, layer.values)
-                )
+            keys, values = (
+                states.gather(2, index_BHSD.expand(-1, states.shape[1], -1, states.shape[3]))
+                for states in (layer.keys, layer.values)
             )
+            layer.replace(keys, values)
 
 
 def _invert_cumulative(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:

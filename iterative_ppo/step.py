@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from iterative_ppo.config import ConfigError
 from iterative_ppo.conversation_log import BadLines, read_conversations, write_conversations
 from iterative_ppo.conversations import Conversation, split_by_group
 from iterative_ppo.cross_validation import cross_validate, group_names
@@ -19,6 +20,7 @@ from iterative_ppo.supervised import Progress
 from iterative_ppo.turns_to_tokens import TokenizedTurns, tokenize
 
 _START, _FIT, _GRADER, _FOLDS, _IMPROVE, _GRADE = range(10, 16)
+_LOG = "conversations.jsonl"
 _NUM_GRADED_PROMPTS = 2000
 _NUM_SAMPLES_SHOWN = 12
 
@@ -91,7 +93,7 @@ class Step:
         return StepResult(stages=stages)
 
     def _start(self, folder: Path) -> dict[str, Any]:
-        logs = self.logs if self.config.policy.start == "tiny" else None
+        logs = self.directory.path / _LOG if self.config.policy.start == "tiny" else None
         policy, metrics = start_policy(self.config, logs, seed=self._seed(_START), progress=self.progress)
         policy.save(folder / "policy")
         return metrics
@@ -198,13 +200,20 @@ class Step:
 
 
 def copy_log(logs: Path, directory: RunDirectory, *, bad_lines: BadLines) -> list[Conversation]:
-    """Reads the logs once and keeps what was read in the run's folder, so that a resumed step sees the same."""
-    copy = directory.path / "conversations.jsonl"
+    """Keeps what was read in the run's folder, whole; a resumed step must be given the same.
+
+    Raises:
+        ConfigError: the run was begun with other conversations.
+    """
+    copy = directory.path / _LOG
+    found = read_conversations(logs, bad_lines=bad_lines, rejects=directory.path / "rejected.jsonl")
     if not copy.exists():
-        write_conversations(
-            copy, read_conversations(logs, bad_lines=bad_lines, rejects=directory.path / "rejected.jsonl")
-        )
-    return list(read_conversations(copy))
+        write_conversations(copy, found)
+        return list(read_conversations(copy))
+    kept = list(read_conversations(copy))
+    if kept != list(found):
+        raise ConfigError(f"{logs}: not the conversations that {directory.path} was begun with; choose another --out")
+    return kept
 
 
 def _samples(

@@ -79,6 +79,8 @@ def fit_passes(
 
     held_out_losses = [held_out_loss()] if held_out_rows else []
     train_losses: list[float] = []
+    [dropout] = generator.spawn(1)
+    devices = [] if parameters[0].device.type == "cpu" else [parameters[0].device]
     best_pass, best_weights = 0, copy.deepcopy(model.state_dict())
     for pass_ in range(1, max_passes + 1):
         if before_pass:
@@ -88,16 +90,22 @@ def fit_passes(
         pass_loss, pass_weight = 0.0, 0.0
         for step in range(steps_per_pass):
             rows = order[step * rows_per_step : (step + 1) * rows_per_step].tolist()
-            loss, weight = accumulate_gradient(
-                loss_sum_and_weight, rows, [lengths[row] for row in rows], parameters, tokens_per_batch=tokens_per_batch
-            )
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(int(dropout.integers(2**63)))
+                loss, weight = accumulate_gradient(
+                    loss_sum_and_weight,
+                    rows,
+                    [lengths[row] for row in rows],
+                    parameters,
+                    tokens_per_batch=tokens_per_batch,
+                )
             pass_loss, pass_weight = pass_loss + loss, pass_weight + weight
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             progress(what, (pass_ - 1) * steps_per_pass + step + 1, total_steps)
-        train_losses.append(pass_loss / pass_weight)
+        train_losses.append(pass_loss / max(pass_weight, 1e-12))
         if held_out_rows:
             held_out_losses.append(held_out_loss())
         if not held_out_rows or held_out_losses[-1] < held_out_losses[best_pass]:

@@ -43,7 +43,10 @@ def tokenize(conversation: Conversation, renderer: Renderer) -> TokenizedTurns:
     return TokenizedTurns(
         conversation_id=conversation.id,
         prompts=tuple(prompt.token_ids for prompt in prompts),
-        responses=tuple(renderer.response(point.response) for point in points),
+        responses=tuple(
+            _cut(renderer.response(point.response), renderer.context_tokens - len(prompt.token_ids), renderer.end_id)
+            for point, prompt in zip(points, prompts, strict=True)
+        ),
         messages_seen=tuple(_num_spoken(point.chat) for point in points),
         last_state=renderer.prompt(chat).token_ids if ends_with_customer else (),
         num_messages=_num_spoken(chat),
@@ -119,6 +122,11 @@ def td_lambda_targets(
 def all_prompts(tokenized: Iterable[TokenizedTurns]) -> list[TokenIds]:
     """The prompts that the policy saw: the data set of the single-turn problem."""
     return [prompt for turns in tokenized for prompt in turns.prompts]
+
+
+def _cut(response: TokenIds, room: int, end_id: int) -> TokenIds:
+    """A response that another policy wrote may be longer than this one's context: its beginning and its end token."""
+    return response if len(response) <= room else (*response[: room - 1], end_id)
 
 
 def _num_spoken(chat: Sequence[dict[str, str]]) -> int:

@@ -65,8 +65,9 @@ def make_environment(entry_point: str, arguments: Mapping[str, Any] | None = Non
             constructor = _import_class(entry_point)
     try:
         environment = constructor(**arguments)
-    except TypeError as error:
-        raise ValueError(f"environment {entry_point!r} cannot be built with {arguments}: {error}") from error
+    except Exception as error:  # a user's code may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"environment {entry_point!r} cannot be built with {arguments}: {reason}") from error
     if not isinstance(environment, TextEnvironment):
         raise ValueError(f"environment {entry_point!r} lacks reset or step: it must have both, as in Gymnasium")
     return environment
@@ -86,8 +87,9 @@ def _import_class(entry_point: str) -> Callable[..., object]:
         importlib.invalidate_caches()
     try:
         found = vars(importlib.import_module(module_name)).get(class_name)
-    except ImportError as error:
-        raise ValueError(f"environment {entry_point!r}: cannot import {module_name}: {error}") from error
+    except Exception as error:  # a user's module may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"environment {entry_point!r}: cannot import {module_name}: {reason}") from error
     if not isinstance(found, type):
         raise ValueError(f"environment {entry_point!r}: module {module_name} has no class {class_name}")
     return found

@@ -108,7 +108,11 @@ def start_talk(environment: TextEnvironment, *, name: str, seed: int, index: int
     except Exception as error:
         raise talk._failure(f"reset raised {type(error).__name__}: {error}") from error
     talk._check_text(observation, "reset")
+    if not isinstance(info, dict):
+        raise talk._failure(f"reset returned {type(info).__name__} as info, not a dict")
     system = info.get("system")
+    if system is not None and not isinstance(system, str):
+        raise talk._failure(f"reset returned {type(system).__name__} as info['system'], not a string")
     if system:
         talk.messages.append(Message(role="system", content=system))
     if observation:
@@ -161,11 +165,13 @@ def collect_scripted(
     for index in range(num_conversations):
         talk = start_talk(environment, name=f"{name}-{index:06d}", seed=seed, index=index)
         while talk.end is None:
-            talk.say(
-                environment.scripted_response(chat_messages(talk.messages), talk.generator),
-                None,
-                max_turns=max_turns,
-            )
+            try:
+                response = environment.scripted_response(chat_messages(talk.messages), talk.generator)
+            except Exception as error:
+                raise talk._failure(f"scripted_response raised {type(error).__name__}: {error}") from error
+            if not isinstance(response, str):
+                raise talk._failure(f"scripted_response returned {type(response).__name__}, not a string")
+            talk.say(response, None, max_turns=max_turns)
         yield talk.conversation(name)
 
 

@@ -169,9 +169,10 @@ class _Learner:
             self.token_value = copy.deepcopy(token_value)
             assert self.token_value is not None
             self.value_parameters = [p for p in self.token_value.parameters() if p.requires_grad]
-            self.value_optimizer = torch.optim.AdamW(
-                self.value_parameters, lr=config.token_value_learning_rate, weight_decay=0.0
-            )
+            if self.value_parameters:
+                self.value_optimizer = torch.optim.AdamW(
+                    self.value_parameters, lr=config.token_value_learning_rate, weight_decay=0.0
+                )
 
     def update(self, rollout: Rollout, update: int, generator: np.random.Generator) -> UpdateMetrics:
         """Gradient passes over one rollout."""
