@@ -274,7 +274,7 @@ def test_built_in_environments_and_any_class_are_made():
         ("", {}, "neither"),
         ("a:b:c", {}, "neither"),
         ("not a module:Class", {}, "neither"),
-        ("no_such_module_here:Shop", {}, "cannot import no_such_module_here: No module named"),
+        ("no_such_module_here:Shop", {}, "cannot import no_such_module_here: ModuleNotFoundError: No module named"),
         ("tests.no_such_module:Shop", {}, "cannot import tests.no_such_module"),
         (f"{__name__}:Shop", {}, "has no class Shop"),
         (f"{__name__}:FINE", {}, "has no class FINE"),
