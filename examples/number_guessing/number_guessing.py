@@ -24,7 +24,7 @@ class NumberGuessing(gymnasium.Env[str, str]):
         self.observation_space = Text(100, charset=PRINTABLE)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        super().reset(seed=seed)
+        super().reset(seed=seed, options=options)
         self.number = int(self.np_random.integers(1, self.size + 1))
         self.num_guesses = 0
         return "guess my number", {"system": f"numbers from 1 to {self.size}"}
