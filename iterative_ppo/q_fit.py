@@ -72,8 +72,8 @@ def fit_q_function(
 ) -> FitHistory:
     """Regresses Q on the returns, all decision points of a conversation in one pass.
 
-    At each decision point the end of the response weighs 1, and the tokens before it (from the state alone to the
-    last token but one) weigh 1 together, so that Q is also a token-level value. Ensemble member m sees each
+    At each decision point the end of the response weighs 1, the state before it weighs 1, and the tokens in between
+    weigh 1 together, so that Q is also a token-level value. Ensemble member m sees each
     conversation with a weight drawn from Poisson(1) (the bootstrap); a single member sees all with weight 1.
 
     Args:
