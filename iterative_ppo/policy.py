@@ -65,7 +65,7 @@ class Policy:
             context_tokens=min(config.context_tokens, limit),
             max_response_tokens=config.max_response_tokens,
         )
-        self.pad_id = _padding_token(tokenizer, self.renderer.end_id)
+        self.pad_id = self.renderer.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         model.config.pad_token_id = self.pad_id
 
     @classmethod
@@ -274,19 +274,6 @@ class Policy:
             return -token_logprobs(logits_NV, target_N).sum(), precedes_target_BT.sum()
 
         return loss_sum_and_weight
-
-
-def _padding_token(tokenizer: PreTrainedTokenizerBase, end_id: int) -> int:
-    """The tokenizer's padding token, made another one than the end of a response where it is none or the same.
-
-    A sequence-classification checkpoint is read at the last token that is not padding: that must be the end token.
-    Padding may be any other token, because no response ends with it.
-    """
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == end_id:
-        others = [token for token in tokenizer.all_special_ids if token != end_id]
-        pad_id = others[0] if others else int(end_id == 0)
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
-    return int(tokenizer.pad_token_id)
 
 
 def _tiny_tokenizer(texts: Iterable[str], config: PolicyConfig) -> PreTrainedTokenizerFast:

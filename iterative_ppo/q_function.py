@@ -5,6 +5,7 @@ it is the state's value, and at every token in between the token-level value: on
 conversation, all of its decision points.
 """
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -83,11 +84,25 @@ class QFunction(nn.Module):
         """Writes a transformers sequence-classification folder, the ensemble's heads and `q_function.json`."""
         with torch.no_grad():
             self.model.score.weight.copy_(self.heads.mean(0, keepdim=True))
+        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+            tokenizer = self._with_padding_of_its_own(tokenizer)
+        self.model.config.pad_token_id = tokenizer.pad_token_id
         self.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_file({"heads": self.heads.detach().cpu().contiguous()}, folder / "heads.safetensors")
         text = json.dumps({"schema": 1, **asdict(card)}, indent=1, allow_nan=False)
         (folder / "q_function.json").write_text(text + "\n", encoding="utf-8")
+
+    def _with_padding_of_its_own(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """A tokenizer that does not pad with the token that ends a response.
+
+        transformers reads the label at the last token that is not padding; the end of the response must not be that.
+        """
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
+        if len(tokenizer) > self.model.get_input_embeddings().num_embeddings:
+            self.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        return tokenizer
 
     @property
     def device(self) -> torch.device:

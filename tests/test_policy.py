@@ -236,6 +236,7 @@ def test_its_generation_settings_sample_from_exactly_this_policy(tmp_path: Path)
     assert written["pad_token_id"] == tiny.PAD
     assert written["do_sample"] is True
     assert written["max_new_tokens"] == 6
+    assert written["top_k"] == 0, "where nothing is written, `generate` takes the 50 most probable tokens"
     settings_read = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
     assert settings_read.top_k in (0, None)
     assert settings_read.top_p in (1.0, None)
@@ -282,6 +283,22 @@ def test_the_tiny_tokenizer_gives_back_any_text():
     check()
     for text in (" ,a .  b's \n\n c ", "naïve 😀 \x00\x7f\u200b 日本語", "", " "):
         assert renderer.response_text(renderer.response(text)) == text
+
+
+def test_a_tokenizer_with_one_special_token_loses_no_text(tmp_path: Path):
+    """GPT-2's way: one token ends everything, and there is none for padding. Whatever is made of that, no token that
+    people write may become a special one, which is left out of what the customer sees."""
+    template = tiny.TEMPLATE.replace("<{{ message['role'] }}>", "{{ message['role'] }}: ").replace(
+        "<assistant>", "me: "
+    )
+    tokenizer = tiny.byte_tokenizer(template, ["<end>"], eos="<end>", pad=None)
+    everything = "".join(map(chr, range(32, 127))) + " é!! ##"
+    expected = tokenizer(everything, add_special_tokens=False)["input_ids"]
+    policy = Policy(tiny.gpt2(len(tokenizer)), tokenizer, tiny.policy_config())
+    policy.save(tmp_path)
+    for renderer in (policy.renderer, Policy.load(tmp_path, policy.config).renderer):
+        assert renderer.response(everything) == (*expected, renderer.end_id)
+        assert renderer.response_text(renderer.response(everything)) == everything
 
 
 # --- what cannot be loaded ----------------------------------------------------------------------------------
