@@ -210,7 +210,7 @@ def _message(value: object) -> Message:
         suggestion=_optional(value, "suggestion", _text),
         decision=_optional(value, "decision", _decision),
         logprob=_optional(value, "logprob", _logprob),
-        prompt=_optional(value, "prompt", _text),
+        prompt=_optional(value, "prompt", _name),
         reward=_optional(value, "reward", _number),
         metadata=_optional(value, "metadata", _object),
         extra=_unknown(value, MESSAGE_KEYS),

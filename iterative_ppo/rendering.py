@@ -7,7 +7,7 @@ end-of-response token included.
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jinja2.exceptions import TemplateError
@@ -25,12 +25,14 @@ class RenderedPrompt:
     """A prompt as token ids.
 
     Example:
-        RenderedPrompt(token_ids=(1, 530, 7, 2), num_dropped_messages=0)
+        RenderedPrompt(token_ids=(1, 530, 7, 2), num_dropped_messages=0, num_cut_tokens=0)
     """
 
     token_ids: TokenIds
     num_dropped_messages: int
     """Oldest messages left out because the conversation is longer than the model's context."""
+    num_cut_tokens: int
+    """Tokens cut from the beginning because even the latest message was longer than that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +82,11 @@ def pack_turns(prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> li
     return packed[::-1]
 
 
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the texts, a longer one before one that it begins with; nothing where there are none."""
+    return re.compile("(" + ("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)") + ")")
+
+
 class Renderer:
     """Renders chats with a tokenizer's chat template, inside a model's context.
 
@@ -115,6 +122,10 @@ class Renderer:
             [{"role": "assistant", "content": _PROBE}, {"role": "user", "content": "a"}]
         )
         self._pieces: dict[str, TokenIds] = {}
+        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(
+            tokenizer.all_special_tokens
+        )
+        self._marks = _any_of(special)
         self._special = self._special_tokens()
         self._takes_no_user = self._renders([{"role": "system", "content": _PROBE}])
         self.end_id = self._find_end_id()
@@ -137,15 +148,22 @@ class Renderer:
             del chat[num_system]
             num_dropped += 1
             token_ids = self.encode(self.prompt_text(chat))
-        return RenderedPrompt(token_ids=token_ids[-self.prompt_budget :], num_dropped_messages=num_dropped)
+        return self._cut(token_ids, num_dropped_messages=num_dropped)
 
     def prompt_from_text(self, text: str) -> RenderedPrompt:
         """A prompt whose exact text was logged; its beginning is cut where it exceeds the context."""
-        return RenderedPrompt(token_ids=self.encode(text)[-self.prompt_budget :], num_dropped_messages=0)
+        return self._cut(self.encode(text), num_dropped_messages=0)
+
+    def _cut(self, token_ids: TokenIds, *, num_dropped_messages: int) -> RenderedPrompt:
+        return RenderedPrompt(
+            token_ids=token_ids[-self.prompt_budget :],
+            num_dropped_messages=num_dropped_messages,
+            num_cut_tokens=max(0, len(token_ids) - self.prompt_budget),
+        )
 
     def response(self, text: str) -> TokenIds:
         """A response as tokens, with its end-of-response token. The empty response (abstaining) is that token alone."""
-        return (*self.encode(text), self.end_id)
+        return (*self.encode(self._without_marks(text)), self.end_id)
 
     def response_text(self, token_ids: TokenIds) -> str:
         """The text that the customer sees."""
@@ -178,15 +196,22 @@ class Renderer:
         ]
         if not specials:
             return None
-        pattern = re.compile("(" + "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) + ")")
+        pattern = _any_of(specials)
         probe = self._apply(
             [{"role": "user", "content": " a  b\n c"}, {"role": "assistant", "content": "d "}], generate=True
         )
         pieces = [self._encode_piece(piece) for piece in pattern.split(probe)]
         return pattern if tuple(itertools.chain.from_iterable(pieces)) == self._encode_piece(probe) else None
 
+    def _without_marks(self, text: str) -> str:
+        """The text with every special token that it spells broken by a zero-width space.
+
+        Somebody who writes `<|end|>` must not end a turn, or begin one of the other side.
+        """
+        return self._marks.sub(lambda match: f"{match[0][0]}\u200b{match[0][1:]}", text)
+
     def _adapted(self, chat: Chat) -> list[dict[str, str]]:
-        messages = [{"role": m["role"], "content": m["content"]} for m in chat]
+        messages = [{"role": m["role"], "content": self._without_marks(m["content"])} for m in chat]
         if not self._takes_system and messages and messages[0]["role"] == "system":
             system = messages.pop(0)["content"]
             if messages and messages[0]["role"] == "user":

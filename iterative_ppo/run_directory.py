@@ -58,7 +58,7 @@ class RunDirectory:
         config_file = path / "config.toml"
         if config_file.exists() and resume:
             _require_same(config_module.from_dict(config_module.load(config_file)), config, path)
-        elif path.exists() and any(file.name != ".config.toml.partial" for file in path.iterdir()):
+        elif path.exists() and not _is_blank(path):
             hint = "add --resume to go on with it, or " if config_file.exists() else ""
             raise ConfigError(f"{path}: the folder is not empty; {hint}choose another with --out")
         text = config_module.to_toml(config)
@@ -111,6 +111,16 @@ class RunDirectory:
         partial.rename(folder)
         _sync(folder.parent)
         return Stage(folder=folder, metrics=metrics, seconds=seconds)
+
+
+def _is_blank(path: Path) -> bool:
+    """Whether a folder holds nothing but a run whose first stage never came to an end."""
+    ours = {"config.toml", ".config.toml.partial"}
+    unfinished = {".start.partial"}
+    return all(
+        file.name in ours or (file.is_dir() and {inner.name for inner in file.iterdir()} <= unfinished)
+        for file in path.iterdir()
+    )
 
 
 def to_json(value: Any) -> Any:

@@ -66,7 +66,7 @@ ASSISTANT_KEYS = optional(
         "suggestion": TEXT,
         "decision": st.sampled_from(DECISIONS),
         "logprob": NUMBER.map(lambda number: -abs(number)),
-        "prompt": TEXT,
+        "prompt": TEXT.map("a prompt ".__add__),
         "reward": NUMBER,
         "metadata": OBJECT,
     }

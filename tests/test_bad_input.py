@@ -357,7 +357,7 @@ def test_an_odd_environment_works(made: Path, tmp_path: Path, name: str, num_tur
     finished = iterate(made, tmp_path / "out", f"bad:{name}", **settings)
     assert finished.code == 0, finished.stderr
     log = tmp_path / "out/iteration-001/collect/conversations.jsonl"
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = [json.loads(line) for line in log.open(encoding="utf-8")]
     assert len(records) == 32
     for record in records:
         assert record["end"] == end
@@ -384,7 +384,9 @@ def test_an_environment_in_which_everyone_wins_holds(made: Path, tmp_path: Path)
 
 
 def test_what_was_finished_before_a_failure_is_kept(made: Path, tmp_path: Path) -> None:
-    assert complaint(iterate(made, tmp_path / "out", "bad:Negative"))
+    records = [{**GOOD, "id": str(i), "outcome": float(i % 2)} for i in range(40)]
+    log = write_lines(tmp_path / "log.jsonl", *records)
+    assert complaint(iterate(made, tmp_path / "out", "bad:Negative", policy__logs=log))
     done = sorted(path.parent.name for path in (tmp_path / "out").rglob("manifest.json"))
     assert done == ["collect", "evaluate", "start"]
 
