@@ -1,7 +1,7 @@
 """A language model as the policy π(response | prompt): load, sample, score, clone from logs, save."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,28 +21,39 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from iterative_ppo.batching import micro_batches, pad_right
+from iterative_ppo.batching import pad_right
 from iterative_ppo.config import PolicyConfig
 from iterative_ppo.losses import token_logprobs
 from iterative_ppo.rendering import Renderer, TokenIds, TurnSequence
 from iterative_ppo.sampling import ConversationCache, SampledResponses
+from iterative_ppo.shared_prefix import families, run_trees, takes_trees, tree_batches
 from iterative_ppo.supervised import FitHistory, Progress, fit_passes, no_progress
 
 TINY_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-_SAMPLING_ROWS = 256
+_SAMPLING_ROWS = 512
 _TINY_SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponseLogits:
-    """Next-token logits at the tokens of each response, already divided by the temperature."""
+    """Next-token logits at the tokens of some responses, already divided by the temperature.
 
-    logits_BTV: Tensor
-    token_BT: Tensor
+    B responses of at most T tokens; N tokens in all, response after response.
+    """
+
+    rows: list[int]
+    """Which of the rows that were asked for these are."""
+    logits_NV: Tensor
+    token_N: Tensor
     mask_BT: Tensor
+
+    def logprobs(self) -> Tensor:
+        """log π of every token, zero at padding; differentiable."""
+        logprob_N = token_logprobs(self.logits_NV, self.token_N)
+        return torch.zeros(self.mask_BT.shape, device=logprob_N.device).masked_scatter(self.mask_BT, logprob_N)
 
 
 class Policy:
@@ -160,46 +171,51 @@ class Policy:
         progress: Progress = no_progress,
         what: str = "sample",
     ) -> SampledResponses:
-        """One response to each of many unrelated prompts; `uniforms_BT` as in `ConversationCache.sample`."""
+        """One response to each of many prompts; `uniforms_BT` as in `ConversationCache.sample`.
+
+        What prompts share is encoded once: the prompts of one conversation, and one prompt given several times.
+        """
         token_ids: list[TokenIds] = [()] * len(prompts)
         logprobs: list[tuple[float, ...]] = [()] * len(prompts)
-        by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        for start in range(0, len(by_length), _SAMPLING_ROWS):
-            rows = by_length[start : start + _SAMPLING_ROWS]
-            sampled = self.conversation_cache().sample([prompts[row] for row in rows], uniforms_BT[rows])
+        num_done = 0
+        for chunk in _sampling_chunks(prompts):
+            rows = [row for family in chunk for row in family]
+            cache = self.conversation_cache()
+            cache.encode([prompts[family[-1]] for family in chunk])
+            cache.keep([place for place, family in enumerate(chunk) for _ in family])
+            sampled = cache.sample([prompts[row] for row in rows], uniforms_BT[rows])
             for row, tokens, values in zip(rows, sampled.token_ids, sampled.token_logprobs, strict=True):
                 token_ids[row], logprobs[row] = tokens, values
-            progress(what, start + len(rows), len(prompts))
+            num_done += len(rows)
+            progress(what, num_done, len(prompts))
         return SampledResponses(token_ids=tuple(token_ids), token_logprobs=tuple(logprobs))
 
-    def response_logits(self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> ResponseLogits:
-        """Logits at every response token of one padded batch; differentiable.
+    def response_logits(
+        self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int
+    ) -> Iterator[ResponseLogits]:
+        """Logits at every response token, in micro-batches of bounded size; differentiable.
 
-        Prompts are padded on the left and responses on the right, so that the model computes its (large) vocabulary
-        projection for the responses alone.
+        Prompts that share a prefix are computed together (`shared_prefix`), and the vocabulary, the widest thing that
+        a model computes, at the responses alone.
         """
-        width = max(map(len, prompts))
-        response_BT, mask_BT = pad_right(responses, pad_id=self.pad_id)
-        num_rows, response_width = response_BT.shape
-        token_BS = np.full((num_rows, width), self.pad_id, dtype=np.int64)
-        mask_BS = np.zeros((num_rows, width), dtype=bool)
-        for b, prompt in enumerate(prompts):
-            token_BS[b, width - len(prompt) :] = prompt
-            mask_BS[b, width - len(prompt) :] = True
-        token = torch.cat([torch.from_numpy(token_BS), response_BT], dim=1)[:, :-1]
-        mask = torch.cat([torch.from_numpy(mask_BS), mask_BT], dim=1)[:, :-1]
-        output = self.model(
-            input_ids=token.to(self.device),
-            attention_mask=mask.long().to(self.device),
-            position_ids=(mask.long().cumsum(1) - 1).clamp(min=0).to(self.device),
-            use_cache=False,
-            logits_to_keep=response_width,
-        )
-        return ResponseLogits(
-            logits_BTV=output.logits.float() / self.temperature,
-            token_BT=response_BT.to(self.device),
-            mask_BT=mask_BT.to(self.device),
-        )
+        for rows, batch in tree_batches(
+            prompts, responses, tokens_per_batch=tokens_per_batch, share=takes_trees(self.model)
+        ):
+            mask_BT = batch.mask_RL
+            logits_NV = run_trees(
+                lambda mask_BT=mask_BT, batch=batch, **inputs: self._logits_at(
+                    lambda x_BSD: batch.before(x_BSD)[mask_BT], **inputs
+                ),
+                batch,
+                device=self.device,
+                dtype=self.model.dtype,
+            )
+            yield ResponseLogits(
+                rows=rows,
+                logits_NV=logits_NV,
+                token_N=batch.response_RL[mask_BT].to(self.device),
+                mask_BT=mask_BT.to(self.device),
+            )
 
     @torch.no_grad()
     def logprobs(
@@ -207,10 +223,8 @@ class Policy:
     ) -> list[list[float]]:
         """log π of every response token, one list a response."""
         logprobs: list[list[float]] = [[] for _ in prompts]
-        lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-        for rows in micro_batches(lengths, tokens_per_batch=tokens_per_batch):
-            batch = self.response_logits([prompts[row] for row in rows], [responses[row] for row in rows])
-            for row, values in zip(rows, token_logprobs(batch.logits_BTV, batch.token_BT).tolist(), strict=True):
+        for batch in self.response_logits(prompts, responses, tokens_per_batch=tokens_per_batch):
+            for row, values in zip(batch.rows, batch.logprobs().tolist(), strict=True):
                 logprobs[row] = values[: len(responses[row])]
         return logprobs
 
@@ -249,31 +263,68 @@ class Policy:
             plain_BTV = self.model.get_output_embeddings()(hidden_BTD)
             return torch.allclose(plain_BTV, self.model(input_ids=token_BT, use_cache=False).logits, atol=1e-5)
 
-    def _logits_at(self, token_BT: Tensor, mask_BT: Tensor, chosen_BT: Tensor) -> Tensor:
-        """Logits at chosen positions only [N, V]: the vocabulary is the widest thing that a model computes."""
-        arguments = {"input_ids": token_BT, "attention_mask": mask_BT.long(), "use_cache": False}
+    def _logits_at(self, choose: Callable[[Tensor], Tensor], **inputs: Tensor) -> Tensor:
+        """Logits [N, V] at the positions that `choose` takes from hidden states [B, S, D] (or logits [B, S, V])."""
         if not self._has_plain_head:
-            return self.model(**arguments).logits[chosen_BT].float() / self.temperature
-        hidden_ND = self.model.base_model(**arguments).last_hidden_state[chosen_BT]
+            return choose(self.model(**inputs, use_cache=False).logits).float() / self.temperature
+        hidden_ND = choose(self.model.base_model(**inputs, use_cache=False).last_hidden_state)
         return self.model.get_output_embeddings()(hidden_ND).float() / self.temperature
 
     def _negative_log_likelihood(
         self, sequences: Sequence[TurnSequence]
     ) -> Callable[[list[int]], tuple[Tensor, Tensor]]:
         def loss_sum_and_weight(rows: list[int]) -> tuple[Tensor, Tensor]:
-            token_BT, mask_BT = pad_right([sequences[row].token_ids for row in rows], pad_id=self.pad_id)
-            is_response_BT = torch.zeros_like(mask_BT)
-            for b, row in enumerate(rows):
-                for start, end in sequences[row].spans:
-                    is_response_BT[b, start:end] = True
-            token_BT, mask_BT = token_BT.to(self.device), mask_BT.to(self.device)
-            precedes_target_BT = is_response_BT.roll(-1, dims=1).to(self.device)
-            precedes_target_BT[:, -1] = False
-            target_N = token_BT.roll(-1, dims=1)[precedes_target_BT]
-            logits_NV = self._logits_at(token_BT, mask_BT, precedes_target_BT)
-            return -token_logprobs(logits_NV, target_N).sum(), precedes_target_BT.sum()
+            batch = response_targets([(sequences[row].token_ids, sequences[row].spans) for row in rows])
+            precedes_BT = batch.precedes_target_BT.to(self.device)
+            logits_NV = self._logits_at(lambda x_BTD: x_BTD[precedes_BT], input_ids=batch.token_BT.to(self.device))
+            return -token_logprobs(logits_NV, batch.target_N.to(self.device)).sum(), precedes_BT.sum()
 
         return loss_sum_and_weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseTargets:
+    """Sequences padded on the right, and what maximum likelihood predicts in them: every token of every response.
+
+    Example:
+        ResponseTargets(token_BT=[[5, 6, 9, 2]], precedes_target_BT=[[0, 1, 1, 0]], target_N=[9, 2])
+    """
+
+    token_BT: Tensor
+    precedes_target_BT: Tensor
+    target_N: Tensor
+
+
+def response_targets(sequences: Sequence[tuple[TokenIds, Sequence[tuple[int, int]]]]) -> ResponseTargets:
+    """The targets of some sequences, each its tokens and the spans of its responses."""
+    token_BT, mask_BT = pad_right([token_ids for token_ids, _ in sequences])
+    is_response_BT = torch.zeros_like(mask_BT)
+    for b, (_, spans) in enumerate(sequences):
+        for start, end in spans:
+            is_response_BT[b, start:end] = True
+    precedes_BT = is_response_BT.roll(-1, dims=1)
+    precedes_BT[:, -1] = False
+    return ResponseTargets(
+        token_BT=token_BT,
+        precedes_target_BT=precedes_BT,
+        target_N=token_BT.roll(-1, dims=1)[precedes_BT],
+    )
+
+
+def _sampling_chunks(prompts: Sequence[TokenIds]) -> Iterator[list[list[int]]]:
+    """Families of prompts in chunks of at most `_SAMPLING_ROWS` rows, the shortest first."""
+    chunk: list[list[int]] = []
+    num_rows = 0
+    for whole in sorted(families(prompts), key=lambda family: len(prompts[family[-1]])):
+        for start in range(0, len(whole), _SAMPLING_ROWS):
+            family = whole[start : start + _SAMPLING_ROWS]
+            if num_rows + len(family) > _SAMPLING_ROWS:
+                yield chunk
+                chunk, num_rows = [], 0
+            chunk.append(family)
+            num_rows += len(family)
+    if chunk:
+        yield chunk
 
 
 def _tiny_tokenizer(texts: Iterable[str], config: PolicyConfig) -> PreTrainedTokenizerFast:

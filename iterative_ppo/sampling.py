@@ -99,11 +99,16 @@ class ConversationCache:
             uniforms_BT: uniform numbers in [0, 1), [B, max_response_tokens]. A row's response depends on its own
                 numbers alone, so it is the same in any batch.
         """
+        self.encode(prompts)
+        with torch.inference_mode():
+            return self._decode([prompt[-1] for prompt in prompts], uniforms_BT)
+
+    def encode(self, prompts: Sequence[TokenIds]) -> None:
+        """Encodes what the rows do not hold yet of their prompts, up to the last token."""
         if len(self._token_ids) != len(prompts):
             self._reset(len(prompts))
         with torch.inference_mode():
             self._encode([prompt[:-1] for prompt in prompts])
-            return self._decode([prompt[-1] for prompt in prompts], uniforms_BT)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps the given rows, in that order (a row may be kept several times), and forgets the others."""

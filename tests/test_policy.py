@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
-from iterative_ppo.losses import token_logprobs
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_function import QFunction, QFunctionCard
 from iterative_ppo.rendering import TokenIds, TurnSequence, pack_turns
@@ -51,22 +50,24 @@ def assert_rows_close(actual: Sequence[Sequence[float]], expected: Sequence[Sequ
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_response_logits_are_those_of_every_row_alone(model: Callable[..., PreTrainedModel], temperature: float):
-    """One batch of very different lengths, prompts padded on the left and responses on the right:
+    """One batch of very different lengths, padded on the right:
 
-    p p p p r r .
-    . . . p r r r
-    . . p p r . .
+    p p p p r r
+    p r r r . .
+    p p r . . .
     """
     policy = tiny.letter_policy(model, temperature=temperature)
     prompts, responses = turns(1)
-    batch = policy.response_logits(prompts, responses)
-    logprob_BT = token_logprobs(batch.logits_BTV, batch.token_BT).detach()
-    assert batch.mask_BT.sum(1).tolist() == list(map(len, responses))
-    expected = [naive_logprobs(policy, p, r) for p, r in zip(prompts, responses, strict=True)]
-    assert_rows_close([logprob_BT[b, : len(r)].tolist() for b, r in enumerate(responses)], expected)
+    [batch] = policy.response_logits(prompts, responses, tokens_per_batch=4096)
+    logprob_BT = batch.logprobs().detach()
+    responses_in_order = [responses[row] for row in batch.rows]
+    assert batch.mask_BT.sum(1).tolist() == list(map(len, responses_in_order))
+    expected = [naive_logprobs(policy, prompts[row], responses[row]) for row in batch.rows]
+    assert_rows_close([logprob_BT[b, : len(r)].tolist() for b, r in enumerate(responses_in_order)], expected)
     if temperature != 1.0:
         policy.temperature = 1.0
-        assert abs(naive_logprobs(policy, prompts[0], responses[0])[0] - expected[0][0]) > 1e-3
+        row = batch.rows[0]
+        assert abs(naive_logprobs(policy, prompts[row], responses[row])[0] - expected[0][0]) > 1e-3
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -93,8 +94,8 @@ def test_the_gradient_does_not_depend_on_the_padding(model: Callable[..., PreTra
 
     def gradient(num_rows: int) -> dict[str, torch.Tensor]:
         policy.model.zero_grad()
-        batch = policy.response_logits(prompts[:num_rows], responses[:num_rows])
-        token_logprobs(batch.logits_BTV, batch.token_BT)[0, :2].sum().backward()
+        [batch] = policy.response_logits(prompts[:num_rows], responses[:num_rows], tokens_per_batch=4096)
+        batch.logprobs()[batch.rows.index(0)].sum().backward()
         return {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
 
     assert tiny.largest_difference(gradient(1), gradient(2)) < TOLERANCE

@@ -1,0 +1,189 @@
+"""Many prompts and responses in one causal pass, every shared token computed once.
+
+The prompts of one conversation are prefixes of each other, and K responses to one prompt share all of it. A *tree* is
+the longest prompt of such a family, its trunk, followed by the responses, its branches: a branch sees the part of the
+trunk that is its own prompt, and itself (tree attention: Miao et al. 2024, SpecInfer, arXiv 2305.09781).
+
+    prompts  a b   |  a b c d         tokens     a b c d | r s | r s | t u
+    responses r s  |  r s, t u        positions  0 1 2 3   2 3   4 5   4 5
+
+Rows are (prompt, response) pairs. R rows, B trees, T tokens of a tree, L tokens of a response.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from iterative_ppo.batching import micro_batches
+
+TokenIds = tuple[int, ...]
+
+_MIN_BRANCH_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeBatch:
+    """Rows as padded trees, and where each row's tokens are read.
+
+    Example:
+        TreeBatch(token_BT=[[5, 6, 7, 9, 2, 8, 2]], position_BT=[[0, 1, 2, 3, 4, 3, 4]], attention_BTT=..., tree_R=[0, 0],
+                  before_RL=[[2, 3], [2, 5]], end_R=[4, 6], response_RL=[[9, 2], [8, 2]], mask_RL=[[1, 1], [1, 1]])
+    """
+
+    token_BT: Tensor
+    position_BT: Tensor
+    attention_BTT: Tensor | None
+    """True where a token (row) sees another (column); None where no tree has branches: then all see what comes before."""
+    tree_R: Tensor
+    """Which tree a row is part of."""
+    before_RL: Tensor
+    """Column of the token before each response token: where the model predicts it."""
+    end_R: Tensor
+    """Column of the response's last token (the prompt's last, of an empty response)."""
+    response_RL: Tensor
+    mask_RL: Tensor
+
+    def before(self, x_BT: Tensor) -> Tensor:
+        """What stands at the token before each response token [R, L], or [R, L, D] of x [B, T, D]."""
+        return x_BT[self.tree_R[:, None], self.before_RL]
+
+    def end(self, x_BT: Tensor) -> Tensor:
+        """What stands at each response's last token [R], or [R, D] of x [B, T, D]."""
+        return x_BT[self.tree_R, self.end_R]
+
+
+def families(prompts: Sequence[TokenIds]) -> list[list[int]]:
+    """Groups the rows whose prompts are prefixes of each other, each group from its shortest prompt to its longest."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(prompts)), key=prompts.__getitem__):
+        longest = prompts[groups[-1][-1]] if groups else None
+        if longest is not None and prompts[row][: len(longest)] == longest:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def takes_trees(module: nn.Module) -> bool:
+    """Whether all models in a module can be told token by token what to attend to.
+
+    They can where every layer attends to all that came before. Sliding windows and recurrent layers know only their
+    own order: their rows must stay apart.
+    """
+    return all(_has_full_attention(model) for model in module.modules() if isinstance(model, PreTrainedModel))
+
+
+def _has_full_attention(model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    has_window = getattr(config, "sliding_window", None) is not None
+    return kinds == {"full_attention"} and not has_window and config._attn_implementation in ("sdpa", "eager")
+
+
+def tree_batches(
+    prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int, share: bool = True
+) -> Iterator[tuple[list[int], TreeBatch]]:
+    """All rows as batches of trees, each with the rows that it holds, in the order of the batch's R.
+
+    Args:
+        tokens_per_batch: padded tokens of a batch, at most (a larger tree goes alone).
+        share: whether rows may share a tree; see `takes_trees`.
+    """
+    trees = _trees(prompts, responses) if share else [[row] for row in range(len(prompts))]
+    sizes = [len(prompts[tree[-1]]) + sum(len(responses[row]) for row in tree) for tree in trees]
+    for batch in micro_batches(sizes, tokens_per_batch=tokens_per_batch):
+        chosen = [trees[tree] for tree in batch]
+        yield [row for tree in chosen for row in tree], _tree_batch(chosen, prompts, responses)
+
+
+def run_trees(call: Callable[..., Tensor], batch: TreeBatch, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`call(input_ids, ...)` of a model on a batch of trees."""
+    if batch.attention_BTT is None:
+        return call(input_ids=batch.token_BT.to(device))
+    allowed_BTT = torch.zeros(batch.attention_BTT.shape, dtype=dtype)
+    attention_BTT = allowed_BTT.masked_fill_(~batch.attention_BTT, torch.finfo(dtype).min)
+    return call(
+        input_ids=batch.token_BT.to(device),
+        attention_mask=attention_BTT[:, None].to(device),
+        position_ids=batch.position_BT.to(device),
+    )
+
+
+def _trees(prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> list[list[int]]:
+    """Families, split where their branches would be much longer than the trunk that they share.
+
+    Attention is computed between all tokens of a tree, the pairs that do not see each other included.
+    """
+    trees: list[list[int]] = []
+    for family in families(prompts):
+        room = max(len(prompts[family[-1]]), _MIN_BRANCH_TOKENS)
+        tree: list[int] = []
+        num_branch_tokens = 0
+        for row in reversed(family):
+            if tree and num_branch_tokens + len(responses[row]) > room:
+                trees.append(tree[::-1])
+                tree, num_branch_tokens = [], 0
+            tree.append(row)
+            num_branch_tokens += len(responses[row])
+        trees.append(tree[::-1])
+    return trees
+
+
+def _tree_batch(
+    trees: Sequence[Sequence[int]], prompts: Sequence[TokenIds], responses: Sequence[TokenIds]
+) -> TreeBatch:
+    rows = [row for tree in trees for row in tree]
+    width = max(len(prompts[tree[-1]]) + sum(len(responses[row]) for row in tree) for tree in trees)
+    response_width = max(len(responses[row]) for row in rows)
+    token_BT, position_BT, visible_BT = (np.zeros((len(trees), width), dtype=np.int64) for _ in range(3))
+    branch_BT = np.full((len(trees), width), -1, dtype=np.int64)  # of padding
+    before_RL, response_RL = (np.zeros((len(rows), response_width), dtype=np.int64) for _ in range(2))
+    mask_RL = np.zeros((len(rows), response_width), dtype=bool)
+    tree_R, end_R = (np.zeros(len(rows), dtype=np.int64) for _ in range(2))
+    r = 0
+    for b, tree in enumerate(trees):
+        trunk = prompts[tree[-1]]
+        column = len(trunk)
+        token_BT[b, :column] = trunk
+        position_BT[b, :column] = np.arange(column)
+        visible_BT[b, :column] = np.arange(1, column + 1)
+        branch_BT[b, :column] = 0
+        for branch, row in enumerate(tree, start=1):
+            start, length = len(prompts[row]), len(responses[row])
+            own = slice(column, column + length)
+            token_BT[b, own] = responses[row]
+            position_BT[b, own] = np.arange(start, start + length)
+            visible_BT[b, own] = start
+            branch_BT[b, own] = branch
+            tree_R[r] = b
+            end_R[r] = column + length - 1 if length else start - 1
+            before_RL[r, :length] = np.arange(column - 1, column + length - 1)
+            before_RL[r, :1] = start - 1
+            response_RL[r, :length] = responses[row]
+            mask_RL[r, :length] = True
+            column += length
+            r += 1
+    is_chain = all(len(tree) == 1 for tree in trees)
+    return TreeBatch(
+        token_BT=torch.from_numpy(token_BT),
+        position_BT=torch.from_numpy(position_BT),
+        attention_BTT=None if is_chain else _attention(torch.from_numpy(branch_BT), torch.from_numpy(visible_BT)),
+        tree_R=torch.from_numpy(tree_R),
+        before_RL=torch.from_numpy(before_RL),
+        end_R=torch.from_numpy(end_R),
+        response_RL=torch.from_numpy(response_RL),
+        mask_RL=torch.from_numpy(mask_RL),
+    )
+
+
+def _attention(branch_BT: Tensor, visible_BT: Tensor) -> Tensor:
+    """Who sees whom [B, T, T], from each token's branch (0 the trunk, -1 padding) and how much of the trunk it sees."""
+    column_T = torch.arange(branch_BT.shape[1])
+    in_trunk_BT = branch_BT == 0
+    sees_trunk_BTT = in_trunk_BT[:, None, :] & (column_T[None, None, :] < visible_BT[:, :, None])
+    is_same_branch_BTT = (branch_BT[:, :, None] == branch_BT[:, None, :]) & ~in_trunk_BT[:, None, :]
+    return sees_trunk_BTT | (is_same_branch_BTT & (column_T[None, None, :] <= column_T[None, :, None]))
