@@ -78,7 +78,7 @@ def measure(
         policy,
         all_prompts(tokenize(conversation, policy.renderer) for conversation in conversations),
         q_reward(q_function, pessimism=config.q_function.pessimism, tokens_per_batch=tokens_per_batch),
-        dataclasses.replace(config.improvement, kl_target=1e9),
+        dataclasses.replace(config.improvement, kl_target=1e9, adaptive_kl=False),
         token_value=TokenValue(q_function),
         generator=np.random.default_rng(seed),
         tokens_per_batch=tokens_per_batch,

@@ -23,7 +23,7 @@ from iterative_ppo.q_function import QFunction
 from iterative_ppo.ranking import rank_within_states
 from iterative_ppo.run_directory import RunDirectory, to_json, write_json
 from iterative_ppo.stages import Stages, fit_q_from_logs, gate, improve_from_logs, resolve_device, total_reward
-from iterative_ppo.step import Step, copy_log
+from iterative_ppo.step import Step, copy_log, keep_arguments
 from iterative_ppo.supervised import Progress
 
 transformers_logging.disable_progress_bar()
@@ -84,6 +84,7 @@ def run_step(
     """One iteration from logs alone."""
     started = time.perf_counter()
     directory = RunDirectory(out, config, resume=resume)
+    keep_arguments(directory, {"group": group, "folds": num_folds})
     conversations = copy_log(logs, directory, bad_lines=bad_lines)
     result = Step(directory, conversations, logs, group=group, progress=progress).run(num_folds=num_folds)
     metrics = {name: stage.metrics for name, stage in result.stages.items()}

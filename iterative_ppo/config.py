@@ -7,6 +7,7 @@ import ast
 import copy
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -124,13 +125,15 @@ class QFunctionConfig(_Section):
     """From the scalar head to Q. `logistic` keeps Q in [0, 1] and needs returns in [0, 1]; `identity` fits any return."""
     loss: Literal["binary_cross_entropy", "squared_error", "hl_gauss"] = "binary_cross_entropy"
     """Regression loss. `binary_cross_entropy` goes with the logistic link, the other two with either."""
+    next_message_weight: NonNegative = 1.0
+    """Weight of a second task of the fit: to predict, from the end of a response, the words of the customer's next message. That answer is what tells good responses from bad ones long before the outcome; 0 turns it off."""
     num_heads: Count = 5
     """Ensemble members: linear heads on one trunk, each fitted to its own bootstrap of the conversations."""
     pessimism: NonNegative = 1.0
     """The reward of a response is the ensemble's mean minus this many standard deviations."""
     learning_rate: Positive = 1e-3
     """Peak learning rate of the fit (AdamW, cosine)."""
-    max_passes: Count = 5
+    max_passes: Count = 2
     """Most passes over the conversations."""
     patience_passes: Count = 2
     """Passes without a better held-out loss after which the fit stops; the best pass is kept."""
@@ -144,30 +147,32 @@ class ImprovementConfig(_Section):
     """Who does the single-turn improvement step."""
     algorithm: Literal["ppo", "grpo", "rloo"] = "ppo"
     """`ppo` has a token-level value baseline; `grpo` and `rloo` compare `num_samples` responses to the same prompt."""
-    num_updates: Count = 16
+    num_updates: Count = 5
     """Batches of fresh responses, at most; the step ends earlier when the KL budget is spent."""
-    prompts_per_update: Count = 256
+    prompts_per_update: Count = 512
     """Logged prompts answered in each update."""
-    num_samples: Count = 1
+    num_samples: Count = 2
     """Responses to each prompt in an update."""
     num_passes: Count = 2
     """Gradient passes over each batch of responses."""
-    num_minibatches: Count = 2
+    num_minibatches: Count = 4
     """Optimizer steps in each pass."""
-    learning_rate: Positive = 1e-4
+    learning_rate: Positive = 2e-4
     """Learning rate of the policy (AdamW)."""
-    token_value_learning_rate: NonNegative = 2e-4
+    token_value_learning_rate: NonNegative = 0.0
     """Learning rate of the token value, which starts as Q's own token-level reading. 0 freezes it there."""
     clip: Positive = 0.2
     """PPO's clip range of the token ratio."""
     gae_lambda: Share = 1.0
     """GAE's lambda on the token clock: 1 is unbiased, below 1 trusts the token value."""
-    kl_target: Positive = 0.4
+    kl_target: Positive = 0.3
     """KL budget of one iteration: the mean over responses of KL(candidate || anchor), in nats. The step stops when it is reached."""
     kl_coefficient: NonNegative = 0.05
     """Beta, the price of a nat of KL to the anchor, in units of the reward."""
+    adaptive_kl: bool = True
+    """Beta doubles after an update that is far ahead of an even way to `kl_target`, and halves after one far behind (the adaptive KL penalty of PPO). Off: it stays, and what is optimised is the reward minus beta times the KL."""
     kl_in: Literal["reward", "loss"] = "loss"
-    """`reward`: each token pays beta times its log-ratio to the anchor; `loss`: beta times half its square is added to the loss, which has the same expected gradient."""
+    """`reward`: each token pays beta times its log-ratio to the anchor; `loss`: beta times half the square of a response's log-ratio is added to the loss, which has the same expected gradient. With `grpo`, `loss` counts beta in units of a group's deviation, since the reward is divided by it."""
     early_stop_kl: Positive = 0.1
     """Passes over a batch end when the mean token KL (k3) from the policy that sampled it exceeds this."""
 
@@ -301,12 +306,22 @@ def settings() -> Iterator[tuple[str, Any, str]]:
 
 def documentation(section: type) -> dict[str, str]:
     """The string under each field of a section."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    docs = {}
-    for statement, following in zip(body.body, body.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            docs[ast.unparse(statement.target)] = ast.literal_eval(following.value)
+    return _documentation_by_class()[section.__name__]
+
+
+@functools.cache
+def _documentation_by_class() -> dict[str, dict[str, str]]:
+    """Every section's, read from this file once."""
+    docs: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(sys.modules[__name__])).body:
+        if isinstance(node, ast.ClassDef):
+            docs[node.name] = {
+                ast.unparse(statement.target): ast.literal_eval(following.value)
+                for statement, following in zip(node.body, node.body[1:], strict=False)
+                if isinstance(statement, ast.AnnAssign)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+            }
     return docs
 
 

@@ -141,6 +141,18 @@ def kl_loss(logprob_BT: Tensor, anchor_logprob_BT: Tensor, mask_BT: Tensor) -> T
     return 0.5 * log_ratio_BT.sum(1).square().mean()
 
 
+def adapted_kl_coefficient(kl_coefficient: float, kl: float, *, kl_target: float) -> float:
+    """PPO's adaptive KL penalty (Schulman et al. 2017, arXiv 1707.06347, section 4).
+
+    β/2 where the KL is below two thirds of its target, 2β where it is above three halves of it, else β.
+    """
+    if kl < kl_target / 1.5:
+        return kl_coefficient / 2
+    if kl > kl_target * 1.5:
+        return kl_coefficient * 2
+    return kl_coefficient
+
+
 def explained_variance(prediction: Tensor, target: Tensor) -> float:
     """1 − Var(target − prediction) / Var(target); NaN for a constant target."""
     variance = target.double().var(correction=0)

@@ -47,7 +47,7 @@ def iterate(stages: Stages, *, count: int) -> Iterator[IterationRecord]:
     num_conversations = evaluation.metrics["num_conversations"]
     yield _record(0, policy, num_conversations, {"start": policy, "evaluate": evaluation})
 
-    q_function: Stage | None = None
+    q_function = policy  # what the next Q starts from
     batches: tuple[Stage, ...] = (evaluation,)
     num_holds = 0
     for iteration in range(1, count + 1):

@@ -14,7 +14,9 @@ from iterative_ppo.q_function import QFunction, TokenIds
 from iterative_ppo.supervised import FitHistory, Progress, fit_passes, no_progress
 
 _NUM_BINS = 51
-_READOUT_RIDGE = 1e-3
+_HISTOGRAM_RIDGE = 1e-3
+_RETURN_RIDGE = 1e-6
+_SMALLEST_SCALE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,8 @@ class LabelledSequence:
     messages_seen: tuple[int, ...]
     """Messages (the system's not counted) before each response."""
     num_messages: int
+    next_messages: tuple[TokenIds, ...] = ()
+    """The customer's answer to each response; empty where there is none. Without any, nothing is learnt from answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +79,7 @@ def fit_q_function(
     At each decision point the end of the response weighs 1, the state before it weighs 1, and the tokens in between
     weigh 1 together, so that Q is also a token-level value. Ensemble member m sees each
     conversation with a weight drawn from Poisson(1) (the bootstrap); a single member sees all with weight 1.
+    The words of the customer's next message, predicted from the end of the response, weigh `next_message_weight`.
 
     Args:
         held_out: the sequences that decide when to stop, always by their returns as given.
@@ -84,50 +89,36 @@ def fit_q_function(
     Raises:
         ValueError: returns outside [0, 1] with the logistic link.
     """
-    returns = np.concatenate([sequence.returns for sequence in sequences])
-    if q_function.link == "logistic" and (returns.min() < 0 or returns.max() > 1):
-        raise ValueError(
-            f"returns lie in [{returns.min():g}, {returns.max():g}], outside [0, 1]: "
-            'use q_function.link = "identity" with q_function.loss = "squared_error"'
-        )
-    groups = sorted({sequence.group for sequence in sequences})
-    num_heads = q_function.heads.shape[0]
-    bootstrap_GM = generator.poisson(1.0, (len(groups), num_heads)) if num_heads > 1 else np.ones((len(groups), 1))
-    weight_of = dict(zip(groups, torch.from_numpy(bootstrap_GM.astype(np.float32)), strict=True))
     rows = range(len(sequences))
     train_rows = [row for row in rows if not held_out[row]]
-    targets = [sequence.returns for sequence in sequences]
-    module, element_loss = _objective(q_function, config, returns)
+    train = [sequences[row] for row in train_rows]
+    if q_function.link == "identity" and config.loss == "squared_error":
+        # There is no bias in the heads: left to gradient steps, returns far from 0 would take passes to find.
+        _ridge_heads(
+            q_function,
+            train,
+            lambda _, return_N: return_N[:, None].expand(-1, q_function.heads.shape[0]),
+            ridge=_RETURN_RIDGE,
+            tokens_per_batch=tokens_per_batch,
+        )
+    regression = Regression(q_function, sequences, held_out, config, generator)
+
+    def read_out() -> None:
+        if regression.histogram is not None:
+            _read_out(regression.histogram, train, tokens_per_batch=tokens_per_batch)
 
     def before_pass(pass_: int) -> None:
         if pass_ > 1 and retarget is not None:
-            train = [sequences[row] for row in train_rows]
-            if isinstance(module, _HistogramHeads):
-                _read_out(module, train, tokens_per_batch=tokens_per_batch)
-            new_targets = retarget(predict(q_function, train, tokens_per_batch=tokens_per_batch))
+            read_out()
+            new_targets = retarget(
+                predict(q_function, train, tokens_per_batch=tokens_per_batch, scale=regression.scale)
+            )
             for row, target in zip(train_rows, new_targets, strict=True):
-                targets[row] = tuple(np.clip(target, 0, 1)) if q_function.link == "logistic" else target
-
-    def loss_sum_and_weight(batch: list[int]) -> tuple[Tensor, Tensor]:
-        chosen = [sequences[row] for row in batch]
-        token_BT, mask_BT = pad_right([sequence.token_ids for sequence in chosen])
-        width = token_BT.shape[1]
-        weighted = [_token_weights(sequences[row], targets[row], ends_only=not module.training) for row in batch]
-        weight_BT = pad_values([weights for weights, _ in weighted], width=width).to(q_function.device)
-        target_BT = pad_values([targets for _, targets in weighted], width=width).to(q_function.device)
-        read = weight_BT > 0
-        loss_NM = element_loss(q_function.hidden(token_BT, mask_BT)[read], target_BT[read])
-        if module.training:
-            head_weight_BM = torch.stack([weight_of[sequence.group] for sequence in chosen]).to(q_function.device)
-            head_weight_NM = head_weight_BM[:, None, :].expand(-1, width, -1)[read]
-        else:
-            head_weight_NM = torch.ones_like(loss_NM)
-        weight_NM = head_weight_NM * weight_BT[read][:, None]
-        return (loss_NM * weight_NM).sum(), weight_NM.sum()
+                regression.targets[row] = tuple(np.clip(target, 0, 1)) if q_function.link == "logistic" else target
 
     history = fit_passes(
-        module,
-        loss_sum_and_weight,
+        regression,
+        regression.loss_sum_and_weight,
         [len(sequence.token_ids) for sequence in sequences],
         train_rows=train_rows,
         held_out_rows=[row for row in rows if held_out[row]],
@@ -140,13 +131,127 @@ def fit_q_function(
         progress=progress,
         before_pass=before_pass,
     )
-    if isinstance(module, _HistogramHeads):
-        _read_out(module, [sequences[row] for row in train_rows], tokens_per_batch=tokens_per_batch)
+    read_out()
+    regression.finish()
     return history
 
 
-def predict(q_function: QFunction, sequences: Sequence[LabelledSequence], *, tokens_per_batch: int) -> Predictions:
-    """Q and the state's value at every decision point."""
+class Regression(nn.Module):
+    """What a fit trains, the Q-function and the auxiliary heads that end with the fit, and its loss."""
+
+    def __init__(
+        self,
+        q_function: QFunction,
+        sequences: Sequence[LabelledSequence],
+        held_out: Sequence[bool],
+        config: QFunctionConfig,
+        generator: np.random.Generator,
+    ) -> None:
+        super().__init__()
+        returns = np.concatenate([sequence.returns for sequence in sequences])
+        if q_function.link == "logistic" and (returns.min() < 0 or returns.max() > 1):
+            raise ValueError(
+                f"returns lie in [{returns.min():g}, {returns.max():g}], outside [0, 1]: "
+                'use q_function.link = "identity" with q_function.loss = "squared_error"'
+            )
+        self.q_function = q_function
+        self.sequences = sequences
+        self.targets = [sequence.returns for sequence in sequences]
+        has_units = q_function.link == "identity" and config.loss == "squared_error"
+        self.scale = max(float(returns.std()), _SMALLEST_SCALE) if has_units else 1.0
+        with torch.no_grad():
+            q_function.heads.div_(self.scale)
+        self.histogram = _HistogramHeads(q_function, returns) if config.loss == "hl_gauss" else None
+        self.element_loss = _element_loss(q_function, self.histogram, config, self.scale)
+        self.next_message_weight = config.next_message_weight
+        train = [sequence for sequence, out in zip(sequences, held_out, strict=True) if not out]
+        self.next_message = NextMessage(q_function, train) if self.next_message_weight > 0 else None
+        groups = sorted({sequence.group for sequence in sequences})
+        num_heads = q_function.heads.shape[0]
+        bootstrap_GM = generator.poisson(1.0, (len(groups), num_heads)) if num_heads > 1 else np.ones((len(groups), 1))
+        self.weight_of = dict(zip(groups, torch.from_numpy(bootstrap_GM.astype(np.float32)), strict=True))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Gives the heads their units back: while they are fitted, squared errors are in standard deviations of the
+        returns, so that a learning rate means the same for any reward."""
+        self.q_function.heads.mul_(self.scale)
+        self.scale = 1.0
+
+    def loss_sum_and_weight(self, batch: list[int]) -> tuple[Tensor, Tensor]:
+        """Sum of the losses of some sequences and of their weights; out of training, of Q at the responses' ends alone."""
+        token_BT, _ = pad_right([self.sequences[row].token_ids for row in batch])
+        return self.of_hidden(self.q_function.hidden(token_BT), batch)
+
+    def of_hidden(self, hidden_BTD: Tensor, batch: list[int]) -> tuple[Tensor, Tensor]:
+        """The same from the trunk's hidden states of these sequences."""
+        device, width = hidden_BTD.device, hidden_BTD.shape[1]
+        chosen = [self.sequences[row] for row in batch]
+        weighted = [
+            _token_weights(self.sequences[row], self.targets[row], ends_only=not self.training) for row in batch
+        ]
+        weight_BT = pad_values([weights for weights, _ in weighted], width=width).to(device)
+        target_BT = pad_values([targets for _, targets in weighted], width=width).to(device)
+        read = weight_BT > 0
+        loss_NM = self.element_loss(hidden_BTD[read], target_BT[read])
+        if self.training:
+            head_weight_BM = torch.stack([self.weight_of[sequence.group] for sequence in chosen]).to(device)
+            head_weight_NM = head_weight_BM[:, None, :].expand(-1, width, -1)[read]
+        else:
+            head_weight_NM = torch.ones_like(loss_NM)
+        weight_NM = head_weight_NM * weight_BT[read][:, None]
+        loss = (loss_NM * weight_NM).sum()
+        if self.training and self.next_message is not None:
+            loss = loss + self.next_message_weight * loss_NM.shape[1] * self.next_message(hidden_BTD, chosen)
+        return loss, weight_NM.sum()
+
+
+class NextMessage(nn.Module):
+    """Predicts, from the end of a response, the words of the customer's next message.
+
+    An outcome is one bit at the end of a conversation; the answer to a response is many, and says at once whether it
+    was understood, liked or beside the point. To predict it the trunk must represent what Q needs to tell responses to
+    one prompt apart. The words are a bag: −Σ_w share(w) log softmax(E P h + b)_w with the trunk's own embeddings E,
+    held fixed, a projection P from the identity and a bias b from the words' frequencies.
+    """
+
+    def __init__(self, q_function: QFunction, sequences: Sequence[LabelledSequence]) -> None:
+        super().__init__()
+        embedding_VD = q_function.model.get_input_embeddings().weight
+        num_tokens, size = embedding_VD.shape
+        self._embedding = [embedding_VD]  # in a list: it is the trunk's parameter, not this module's
+        self.projection = nn.Linear(size, size, bias=False)
+        words = [token for sequence in sequences for message in sequence.next_messages for token in message]
+        count_V = 1.0 + np.bincount(words, minlength=num_tokens)
+        with torch.no_grad():
+            self.projection.weight.copy_(torch.eye(size))
+        self.bias = nn.Parameter(torch.from_numpy(np.log(count_V / count_V.sum())).float())
+        self.to(q_function.device)
+
+    def forward(self, hidden_BTD: Tensor, sequences: Sequence[LabelledSequence]) -> Tensor:
+        """Sum of the cross-entropies over all answered responses."""
+        answered = [
+            (b, end - 1, message)
+            for b, sequence in enumerate(sequences)
+            for (_, end), message in zip(sequence.spans, sequence.next_messages, strict=False)
+            if message
+        ]
+        if not answered:
+            return hidden_BTD.new_zeros(())
+        row_N, column_N = (torch.tensor([place[i] for place in answered], device=hidden_BTD.device) for i in (0, 1))
+        logits_NV = self.projection(hidden_BTD[row_N, column_N]) @ self._embedding[0].detach().T + self.bias
+        logprob_NV = logits_NV.log_softmax(-1)
+        lengths = [len(message) for _, _, message in answered]
+        response_W = torch.repeat_interleave(torch.tensor(lengths, device=hidden_BTD.device))
+        word_W = torch.tensor([token for _, _, message in answered for token in message], device=hidden_BTD.device)
+        share_W = 1.0 / torch.tensor(lengths, device=hidden_BTD.device)[response_W]
+        return -(logprob_NV[response_W, word_W] * share_W).sum()
+
+
+def predict(
+    q_function: QFunction, sequences: Sequence[LabelledSequence], *, tokens_per_batch: int, scale: float = 1.0
+) -> Predictions:
+    """Q and the state's value at every decision point, times `scale` (the unit of a Q that is being fitted)."""
     points = [
         (row, turn, start, end, target)
         for row, s in enumerate(sequences)
@@ -157,7 +262,8 @@ def predict(q_function: QFunction, sequences: Sequence[LabelledSequence], *, tok
     for row, _, start, end, _ in points:
         positions[row] += [start - 1, end - 1]
     read = q_function.read([s.token_ids for s in sequences], positions, tokens_per_batch=tokens_per_batch)
-    value_N2 = q_function.to_value(torch.tensor([x for row in read for x in row], dtype=torch.float64)).view(-1, 2)
+    scalar_N = torch.tensor([x for row in read for x in row], dtype=torch.float64)
+    value_N2 = scale * q_function.to_value(scalar_N).view(-1, 2)
     return Predictions(
         q_value=value_N2[:, 1].numpy(),
         state_value=value_N2[:, 0].numpy(),
@@ -207,22 +313,19 @@ def _token_weights(
     return weight_T, target_T
 
 
-def _objective(
-    q_function: QFunction, config: QFunctionConfig, returns: np.ndarray
-) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    """What is trained, and its loss from hidden states [N, D] and targets [N] to [N, M]."""
-    match config.loss:
-        case "binary_cross_entropy":
-            return q_function, lambda hidden_ND, target_N: losses.binary_cross_entropy(
-                hidden_ND @ q_function.heads.T, target_N[:, None].expand(-1, q_function.heads.shape[0])
-            )
-        case "squared_error":
-            return q_function, lambda hidden_ND, target_N: losses.squared_error(
-                q_function.to_value(hidden_ND @ q_function.heads.T), target_N[:, None]
-            )
-        case "hl_gauss":
-            heads = _HistogramHeads(q_function, returns)
-            return heads, heads.loss
+def _element_loss(
+    q_function: QFunction, histogram: "_HistogramHeads | None", config: QFunctionConfig, scale: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss from hidden states [N, D] and targets [N] to [N, M]."""
+    if histogram is not None:
+        return histogram.loss
+    if config.loss == "binary_cross_entropy":
+        return lambda hidden_ND, target_N: losses.binary_cross_entropy(
+            hidden_ND @ q_function.heads.T, target_N[:, None].expand(-1, q_function.heads.shape[0])
+        )
+    return lambda hidden_ND, target_N: losses.squared_error(
+        q_function.to_value(hidden_ND @ q_function.heads.T), target_N[:, None] / scale
+    )
 
 
 class _HistogramHeads(nn.Module):
@@ -254,31 +357,51 @@ class _HistogramHeads(nn.Module):
         return losses.hl_gauss(self.bin_logits(hidden_ND), target_N[:, None], self.edges, sigma=self.sigma)
 
 
-@torch.no_grad()
 def _read_out(heads: _HistogramHeads, sequences: Sequence[LabelledSequence], *, tokens_per_batch: int) -> None:
     """Replaces the histograms by scalar heads: ridge regression from hidden states to the histograms' means.
 
     The checkpoint then has one label, as every reward model has, and all held-out figures are those of the scalar.
     """
-    q_function = heads.q_function
-    size = q_function.heads.shape[1]
+
+    def histogram_means(hidden_ND: Tensor, _: Tensor) -> Tensor:
+        mean_NM = losses.hl_gauss_mean(heads.bin_logits(hidden_ND), heads.edges)
+        return mean_NM.clamp(0.01, 0.99).logit() if heads.q_function.link == "logistic" else mean_NM
+
+    _ridge_heads(
+        heads.q_function, sequences, histogram_means, ridge=_HISTOGRAM_RIDGE, tokens_per_batch=tokens_per_batch
+    )
+
+
+@torch.no_grad()
+def _ridge_heads(
+    q_function: QFunction,
+    sequences: Sequence[LabelledSequence],
+    scalar_NM: Callable[[Tensor, Tensor], Tensor],
+    *,
+    ridge: float,
+    tokens_per_batch: int,
+) -> None:
+    """Sets the heads by ridge regression from the trunk's hidden states to scalars, at every position that is trained.
+
+    Args:
+        scalar_NM: the members' scalars, from hidden states [N, D] and returns [N].
+    """
+    num_heads, size = q_function.heads.shape
     gram_DD = torch.zeros(size, size, dtype=torch.float64)
-    moment_DM = torch.zeros(size, q_function.heads.shape[0], dtype=torch.float64)
+    moment_DM = torch.zeros(size, num_heads, dtype=torch.float64)
     num_positions = 0
     for batch in micro_batches([len(s.token_ids) for s in sequences], tokens_per_batch=4 * tokens_per_batch):
-        token_BT, mask_BT = pad_right([sequences[b].token_ids for b in batch])
-        read = pad_values(
-            [_token_weights(sequences[b], sequences[b].returns, ends_only=False)[0] for b in batch],
-            width=token_BT.shape[1],
-        ).to(q_function.device)
-        hidden_ND = q_function.hidden(token_BT, mask_BT)[read > 0]
-        mean_NM = losses.hl_gauss_mean(heads.bin_logits(hidden_ND), heads.edges)
-        if q_function.link == "logistic":
-            mean_NM = mean_NM.clamp(0.01, 0.99).logit()
-        hidden_ND, mean_NM = hidden_ND.double().cpu(), mean_NM.double().cpu()
+        chosen = [sequences[b] for b in batch]
+        token_BT, _ = pad_right([sequence.token_ids for sequence in chosen])
+        weighted = [_token_weights(sequence, sequence.returns, ends_only=False) for sequence in chosen]
+        weight_BT, return_BT = (
+            pad_values([pair[i] for pair in weighted], width=token_BT.shape[1]).to(q_function.device) for i in (0, 1)
+        )
+        hidden_ND = q_function.hidden(token_BT)[weight_BT > 0]
+        target_NM = scalar_NM(hidden_ND, return_BT[weight_BT > 0]).double().cpu()
+        hidden_ND = hidden_ND.double().cpu()
         gram_DD += hidden_ND.T @ hidden_ND
-        moment_DM += hidden_ND.T @ mean_NM
+        moment_DM += hidden_ND.T @ target_NM
         num_positions += len(hidden_ND)
-    ridge_DD = _READOUT_RIDGE * num_positions * torch.eye(size, dtype=torch.float64)
-    solution_DM = torch.linalg.solve(gram_DD + ridge_DD, moment_DM)
-    q_function.heads.copy_(solution_DM.T.float())
+    ridge_DD = ridge * num_positions * torch.eye(size, dtype=torch.float64)
+    q_function.heads.copy_(torch.linalg.solve(gram_DD + ridge_DD, moment_DM).T.float())

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from iterative_ppo.batching import micro_batches, pad_right
 from iterative_ppo.losses import lower_confidence
+from iterative_ppo.shared_prefix import TreeBatch, run_trees, takes_trees, tree_batches
 
 Link = Literal["identity", "logistic"]
 TokenIds = tuple[int, ...]
@@ -63,11 +64,25 @@ class QFunction(nn.Module):
     @classmethod
     def from_policy(cls, folder: str | Path, *, link: Link, num_heads: int, pad_id: int, seed: int) -> "QFunction":
         """A new Q-function on a policy's weights (a folder or a hub id), with small random heads."""
-        model = _load_classifier(folder)
+        return cls._with_new_heads(_load_classifier(folder), link=link, num_heads=num_heads, pad_id=pad_id, seed=seed)
+
+    @classmethod
+    def on_trunk(cls, policy: PreTrainedModel, *, link: Link, num_heads: int, pad_id: int, seed: int) -> "QFunction":
+        """A new Q-function that shares the trunk of a policy's model, not a copy of it, with small random heads."""
+        config = copy.deepcopy(policy.config)
+        config.num_labels = 1
+        model = AutoModelForSequenceClassification.from_config(config).to(policy.device)
+        setattr(model, model.base_model_prefix, policy.base_model)
+        return cls._with_new_heads(model, link=link, num_heads=num_heads, pad_id=pad_id, seed=seed)
+
+    @classmethod
+    def _with_new_heads(
+        cls, model: PreTrainedModel, *, link: Link, num_heads: int, pad_id: int, seed: int
+    ) -> "QFunction":
         model.config.pad_token_id = pad_id
         generator = torch.Generator().manual_seed(seed)
         heads = 0.02 * torch.randn(num_heads, model.config.get_text_config().hidden_size, generator=generator)
-        return cls(model, link=link, heads=heads)
+        return cls(model, link=link, heads=heads.to(model.device))
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "cpu") -> "QFunction":
@@ -108,16 +123,26 @@ class QFunction(nn.Module):
     def device(self) -> torch.device:
         return self.heads.device
 
-    def hidden(self, token_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """The trunk's last hidden states [B, T, hidden], float32."""
-        output = self.model.base_model(
-            input_ids=token_BT.to(self.device), attention_mask=mask_BT.long().to(self.device), use_cache=False
-        )
+    def hidden(self, token_BT: Tensor) -> Tensor:
+        """The trunk's last hidden states [B, T, hidden] of rows padded on the right, float32.
+
+        Padding needs no mask there: no real token sees what comes after it.
+        """
+        output = self.model.base_model(input_ids=token_BT.to(self.device), use_cache=False)
         return output.last_hidden_state.float()
 
-    def forward(self, token_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Every ensemble member's scalar, before the link, at every token: [B, T, M]."""
-        return self.hidden(token_BT, mask_BT) @ self.heads.T
+    def hidden_of_trees(self, batch: TreeBatch) -> Tensor:
+        """The trunk's last hidden states [B, T, hidden] of prompts that share their prefixes, float32."""
+
+        def call(**inputs: Tensor) -> Tensor:
+            hidden_BTD: Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            return hidden_BTD.float()
+
+        return run_trees(call, batch, device=self.device, dtype=self.model.dtype)
+
+    def forward(self, token_BT: Tensor) -> Tensor:
+        """Every ensemble member's scalar, before the link, at every token of rows padded on the right: [B, T, M]."""
+        return self.hidden(token_BT) @ self.heads.T
 
     def to_value(self, scalar: Tensor) -> Tensor:
         """The link."""
@@ -128,14 +153,11 @@ class QFunction(nn.Module):
         self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int
     ) -> Tensor:
         """Every member's scalar, before the link, at the last token of each response: [B, M] on the CPU."""
-        rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        scalar_BM = torch.zeros(len(rows), self.heads.shape[0])
-        for batch in micro_batches([len(row) for row in rows], tokens_per_batch=4 * tokens_per_batch):
-            token_BT, mask_BT = pad_right([rows[b] for b in batch])
-            hidden_BTD = self.hidden(token_BT, mask_BT)
-            last_B = mask_BT.sum(1).to(self.device) - 1
-            last_BD = hidden_BTD[torch.arange(len(batch), device=self.device), last_B]
-            scalar_BM[batch] = (last_BD @ self.heads.T).cpu()
+        scalar_BM = torch.zeros(len(prompts), self.heads.shape[0])
+        for rows, batch in tree_batches(
+            prompts, responses, tokens_per_batch=4 * tokens_per_batch, share=takes_trees(self.model)
+        ):
+            scalar_BM[rows] = (batch.end(self.hidden_of_trees(batch)) @ self.heads.T).cpu()
         return scalar_BM
 
     def values(self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int) -> Tensor:
@@ -156,8 +178,8 @@ class QFunction(nn.Module):
         """Q's scalar, before the link, at given token positions of each row, in one pass a row."""
         read: list[list[float]] = [[] for _ in rows]
         for batch in micro_batches([len(row) for row in rows], tokens_per_batch=4 * tokens_per_batch):
-            token_BT, mask_BT = pad_right([rows[b] for b in batch])
-            scalar_BT = self(token_BT, mask_BT).mean(-1).cpu()
+            token_BT, _ = pad_right([rows[b] for b in batch])
+            scalar_BT = self(token_BT).mean(-1).cpu()
             for b, row in enumerate(batch):
                 read[row] = scalar_BT[b, list(positions[row])].tolist()
         return read
@@ -170,9 +192,10 @@ class TokenValue(nn.Module):
         super().__init__()
         self.q_function = q_function
 
-    def forward(self, token_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Value of the prefix that ends at each token: [B, T]."""
-        return self.q_function.to_value(self.q_function(token_BT, mask_BT).mean(-1))
+    def forward(self, batch: TreeBatch) -> Tensor:
+        """Value of the prefix that ends at each token of each tree: [B, T]."""
+        scalar_BTM = self.q_function.hidden_of_trees(batch) @ self.q_function.heads.T
+        return self.q_function.to_value(scalar_BTM.mean(-1))
 
 
 def load_card(folder: str | Path) -> QFunctionCard:

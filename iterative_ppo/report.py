@@ -201,6 +201,9 @@ def print_step(metrics: dict[str, dict[str, Any]], console: Console) -> None:
     num_dropped = metrics["fit"]["num_dropped_messages"] + metrics["grader"]["num_dropped_messages"]
     if num_dropped:
         console.print(f"{num_dropped:,} messages did not fit into the context of their prompts", highlight=False)
+    num_cut = metrics["fit"]["num_cut_messages"] + metrics["grader"]["num_cut_messages"]
+    if num_cut:
+        console.print(f"{num_cut:,} single messages were longer than the context and were cut", highlight=False)
     if "folds" in metrics:
         print_folds(metrics["folds"], console)
     improve, grade = metrics["improve"], metrics["grade"]

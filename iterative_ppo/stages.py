@@ -11,13 +11,20 @@ import torch
 
 from iterative_ppo.config import Config
 from iterative_ppo.conversation_log import read_conversations, write_conversations
-from iterative_ppo.conversations import Conversation, chat_messages, split_by_group, turn_rewards
+from iterative_ppo.conversations import (
+    Conversation,
+    chat_messages,
+    decision_points,
+    split_by_group,
+    turn_rewards,
+)
 from iterative_ppo.environments import ScriptedEnvironment, TextEnvironment
 from iterative_ppo.environments.rollout import RolloutStatistics, collect, collect_scripted
 from iterative_ppo.improvement import native
 from iterative_ppo.improvement.base import RewardFunction
 from iterative_ppo.intervals import Interval, clustered_interval, mean_interval
 from iterative_ppo.policy import Policy
+from iterative_ppo.pretraining import clone_with_outcomes
 from iterative_ppo.q_fit import LabelledSequence, Predictions, fit_q_function, predict
 from iterative_ppo.q_function import QFunction, QFunctionCard, TokenValue
 from iterative_ppo.q_report import QReport, assess
@@ -101,9 +108,9 @@ class Stages:
             if logs is None and config.policy.start == "tiny":
                 logs = folder / "scripted.jsonl"
                 self._write_scripted(logs)
-            policy, metrics = start_policy(config, logs, seed=self._seed(0, _START), progress=self.progress)
-            policy.save(folder / "policy")
-            return metrics
+            start = start_policy(config, logs, with_outcomes=True, seed=self._seed(0, _START), progress=self.progress)
+            start.save(folder, config)
+            return start.metrics
 
         return self._stage(0, "start", _START, {}, make)
 
@@ -121,15 +128,20 @@ class Stages:
 
         return self._stage(iteration, "collect", _COLLECT, {"policy": policy}, make)
 
-    def fit(self, iteration: int, policy: Stage, batches: Sequence[Stage], previous: Stage | None) -> Stage:
-        """Q of the current policy, by regression on the returns of its own conversations."""
+    def fit(self, iteration: int, policy: Stage, batches: Sequence[Stage], previous: Stage) -> Stage:
+        """Q of the current policy, by regression on the returns of its own conversations.
+
+        It starts from the Q-function in the stage `previous`, or from the policy there if it holds none.
+        """
+
+        q_folder = previous.folder / "q_function"
 
         def make(folder: Path) -> dict[str, Any]:
             fitted = fit_q_from_logs(
                 self.config,
                 self._load(policy),
                 _read_batches(batches),
-                start=previous.folder / "q_function" if previous else policy.folder / "policy",
+                start=q_folder if q_folder.exists() else previous.folder / "policy",
                 name=str(policy.folder.relative_to(self.directory.path)),
                 seed=self._seed(iteration, _FIT),
                 progress=self.progress,
@@ -138,7 +150,7 @@ class Stages:
             return fitted.metrics()
 
         parents = {"policy": policy, **{f"batch_{i}": batch for i, batch in enumerate(batches)}}
-        return self._stage(iteration, "fit", _FIT, parents | ({"start": previous} if previous else {}), make)
+        return self._stage(iteration, "fit", _FIT, parents | {"start": previous}, make)
 
     def improve(
         self, iteration: int, policy: Stage, q_function: Stage, batches: Sequence[Stage], num_holds: int
@@ -248,11 +260,38 @@ class Stages:
         write_conversations(file, conversations)
 
 
-def start_policy(config: Config, logs: Path | None, *, seed: int, progress: Progress) -> tuple[Policy, dict[str, Any]]:
-    """The start policy, cloned from the logs where there are any."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The start policy and, where it was trained with it, a first Q-function."""
+
+    policy: Policy
+    q_function: QFunction | None
+    metrics: dict[str, Any]
+
+    def save(self, folder: Path, config: Config) -> None:
+        """Writes `policy` and, where there is one, `q_function`."""
+        self.policy.save(folder / "policy")
+        if self.q_function is not None:
+            card = QFunctionCard(
+                link=config.q_function.link,
+                gamma=config.q_function.gamma,
+                target="monte_carlo",
+                policy="logs",
+                metrics={},
+            )
+            self.q_function.save(folder / "q_function", card, self.policy.tokenizer)
+
+
+def start_policy(config: Config, logs: Path | None, *, with_outcomes: bool, seed: int, progress: Progress) -> Start:
+    """The start policy, cloned from the logs where there are any.
+
+    Args:
+        with_outcomes: whether a model made from scratch may learn from the logs' outcomes too, if all are known.
+    """
     device = resolve_device(config.compute.device)
     conversations = list(read_conversations(logs)) if logs else []
-    if config.policy.start == "tiny":
+    is_new = config.policy.start == "tiny"
+    if is_new:
         if not conversations:
             raise ValueError('policy.logs: policy.start = "tiny" needs conversations to learn its language from')
         texts = (message["content"] for c in conversations for message in chat_messages(c.messages))
@@ -261,23 +300,39 @@ def start_policy(config: Config, logs: Path | None, *, seed: int, progress: Prog
         policy = Policy.load(config.policy.start, config.policy, device=device)
     metrics: dict[str, Any] = {"num_parameters": policy.num_parameters}
     if not conversations or config.policy.clone_passes == 0:
-        return policy, metrics
-    groups: list[str] = []
-    sequences = []
-    for conversation in conversations:
-        for sequence in response_sequences(tokenize(conversation, policy.renderer)):
-            sequences.append(sequence)
-            groups.append(conversation.id)
-    if len(set(groups)) < 2:
+        return Start(policy=policy, q_function=None, metrics=metrics)
+    if len({c.id for c in conversations if decision_points(c)}) < 2:
         raise ValueError(f"{logs}: fewer than two conversations with an assistant turn: nothing to clone from")
+    metrics["num_conversations"] = len(conversations)
+    if is_new and with_outcomes and all(map(turn_rewards, conversations)):
+        labelled_sequences, _ = labelled(conversations, policy, gamma=config.q_function.gamma)
+        q_function, history = clone_with_outcomes(
+            policy,
+            labelled_sequences,
+            held_out=_tenth([sequence.group for sequence in labelled_sequences], seed),
+            config=config,
+            seed=seed,
+            progress=progress,
+        )
+        return Start(policy=policy, q_function=q_function, metrics=metrics | {"clone": to_json(history)})
+    sequences = [
+        (sequence, conversation.id)
+        for conversation in conversations
+        for sequence in response_sequences(tokenize(conversation, policy.renderer))
+    ]
     history = policy.clone(
-        sequences,
-        held_out=split_by_group(groups, held_out_share=0.1, seed=seed).tolist(),
+        [sequence for sequence, _ in sequences],
+        held_out=_tenth([group for _, group in sequences], seed),
         tokens_per_batch=config.compute.tokens_per_batch,
         generator=np.random.default_rng(seed),
         progress=progress,
     )
-    return policy, metrics | {"num_conversations": len(conversations), "clone": to_json(history)}
+    return Start(policy=policy, q_function=None, metrics=metrics | {"clone": to_json(history)})
+
+
+def _tenth(groups: Sequence[str], seed: int) -> list[bool]:
+    held_out: list[bool] = split_by_group(groups, held_out_share=0.1, seed=seed).tolist()
+    return held_out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -381,10 +436,11 @@ def labelled(
 ) -> tuple[list[LabelledSequence], dict[str, Any]]:
     """All labelled sequences of conversations, and counts of what was left out and why."""
     sequences: list[LabelledSequence] = []
-    num_unlabelled = num_dropped = 0
+    num_unlabelled = num_dropped = num_cut = 0
     for i, conversation in enumerate(conversations):
         turns = tokenize(conversation, policy.renderer)
         num_dropped += turns.num_dropped_messages
+        num_cut += turns.num_cut_messages
         group = groups[i] if groups is not None else f"{i}:{conversation.id}"
         own = labelled_sequences(conversation, turns, gamma=gamma, index=i, group=group)
         num_unlabelled += not own
@@ -393,6 +449,7 @@ def labelled(
         "num_conversations": len(conversations),
         "num_unlabelled": num_unlabelled,
         "num_dropped_messages": num_dropped,
+        "num_cut_messages": num_cut,
     }
     return sequences, counts
 

@@ -1,6 +1,7 @@
 """One iteration from logs alone: fit Q, improve, and estimate the gain with a Q that did not train the candidate."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from iterative_ppo.cross_validation import cross_validate, group_names
 from iterative_ppo.intervals import clustered_interval
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_function import QFunction
-from iterative_ppo.run_directory import RunDirectory, Stage, to_json
+from iterative_ppo.run_directory import RunDirectory, Stage, to_json, write_json
 from iterative_ppo.stages import fit_q_from_logs, improve_from_logs, resolve_device, start_policy
 from iterative_ppo.supervised import Progress
 from iterative_ppo.turns_to_tokens import TokenizedTurns, tokenize
 
 _START, _FIT, _GRADER, _FOLDS, _IMPROVE, _GRADE = range(10, 16)
 _LOG = "conversations.jsonl"
+_ARGUMENTS = "arguments.json"
 _NUM_GRADED_PROMPTS = 2000
 _NUM_SAMPLES_SHOWN = 12
 
@@ -94,9 +96,10 @@ class Step:
 
     def _start(self, folder: Path) -> dict[str, Any]:
         logs = self.directory.path / _LOG if self.config.policy.start == "tiny" else None
-        policy, metrics = start_policy(self.config, logs, seed=self._seed(_START), progress=self.progress)
-        policy.save(folder / "policy")
-        return metrics
+        # Without outcomes: what a Q is graded on must not be in the weights that it starts from.
+        start = start_policy(self.config, logs, with_outcomes=False, seed=self._seed(_START), progress=self.progress)
+        start.save(folder, self.config)
+        return start.metrics
 
     def _fit(self, folder: Path, start: Stage, half: Sequence[int], name: str) -> dict[str, Any]:
         fitted = fit_q_from_logs(
@@ -214,6 +217,23 @@ def copy_log(logs: Path, directory: RunDirectory, *, bad_lines: BadLines) -> lis
     if kept != list(found):
         raise ConfigError(f"{logs}: not the conversations that {directory.path} was begun with; choose another --out")
     return kept
+
+
+def keep_arguments(directory: RunDirectory, arguments: Mapping[str, object]) -> None:
+    """Notes in the run's folder how the step was called; a resumed step must be called the same.
+
+    Raises:
+        ConfigError: the step was begun with other arguments.
+    """
+    file = directory.path / _ARGUMENTS
+    if not file.exists():
+        write_json(file, arguments)
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in arguments.items():
+        if kept[name] != value:
+            raise ConfigError(
+                f"{directory.path}: is a step with --{name} {kept[name]}, not {value}; choose another --out"
+            )
 
 
 def _samples(

@@ -16,7 +16,7 @@ class TokenizedTurns:
     """A conversation's decision points in tokens.
 
     Example:
-        TokenizedTurns(conversation_id="c-001", prompts=((1, 8),), responses=((9, 2),), num_dropped_messages=0, ...)
+        TokenizedTurns(conversation_id="c-001", prompts=((1, 8),), responses=((9, 2),), next_messages=((7,),), ...)
     """
 
     conversation_id: str
@@ -24,11 +24,15 @@ class TokenizedTurns:
     responses: tuple[TokenIds, ...]
     messages_seen: tuple[int, ...]
     """Messages before each response, the system's not counted."""
+    next_messages: tuple[TokenIds, ...]
+    """The customer's answer to each response, the text alone; empty where there is none."""
     last_state: TokenIds
     """The prompt after the customer's last word; empty where the policy had the last word."""
     num_messages: int
     num_dropped_messages: int
     """Over all prompts, messages that the context had no room for."""
+    num_cut_messages: int
+    """Over all prompts and responses, single messages so long that the context had room for a part of them only."""
 
 
 def tokenize(conversation: Conversation, renderer: Renderer) -> TokenizedTurns:
@@ -38,19 +42,26 @@ def tokenize(conversation: Conversation, renderer: Renderer) -> TokenizedTurns:
         renderer.prompt(point.chat) if point.prompt is None else renderer.prompt_from_text(point.prompt)
         for point in points
     ]
+    responses = tuple(
+        _cut(renderer.response(point.response), renderer.context_tokens - len(prompt.token_ids), renderer.end_id)
+        for point, prompt in zip(points, prompts, strict=True)
+    )
+    num_cut = sum(prompt.num_cut_tokens > 0 for prompt in prompts) + sum(is_cut for _, is_cut in responses)
     chat = chat_messages(conversation.messages)
     ends_with_customer = bool(points) and chat[-1]["role"] == "user"
     return TokenizedTurns(
         conversation_id=conversation.id,
         prompts=tuple(prompt.token_ids for prompt in prompts),
-        responses=tuple(
-            _cut(renderer.response(point.response), renderer.context_tokens - len(prompt.token_ids), renderer.end_id)
-            for point, prompt in zip(points, prompts, strict=True)
-        ),
+        responses=tuple(response for response, _ in responses),
         messages_seen=tuple(_num_spoken(point.chat) for point in points),
+        next_messages=tuple(
+            renderer.encode(chat[place]["content"]) if place < len(chat) and chat[place]["role"] == "user" else ()
+            for place in (len(point.chat) + 1 for point in points)
+        ),
         last_state=renderer.prompt(chat).token_ids if ends_with_customer else (),
         num_messages=_num_spoken(chat),
         num_dropped_messages=sum(prompt.num_dropped_messages for prompt in prompts),
+        num_cut_messages=num_cut,
     )
 
 
@@ -71,9 +82,9 @@ def labelled_sequences(
         return []
     reward_1H = np.array([rewards], dtype=np.float64)
     return_H = returns.monte_carlo(reward_1H, np.ones_like(reward_1H, dtype=bool), gamma=gamma)[0].tolist()
-    prompts, responses, seen = turns.prompts, turns.responses, turns.messages_seen
+    prompts, responses, seen, answers = turns.prompts, turns.responses, turns.messages_seen, turns.next_messages
     if turns.last_state:
-        prompts, responses = (*prompts, turns.last_state), (*responses, ())
+        prompts, responses, answers = (*prompts, turns.last_state), (*responses, ()), (*answers, ())
         return_H, seen = [*return_H, rewards[-1]], (*seen, turns.num_messages)
     return [
         LabelledSequence(
@@ -85,6 +96,7 @@ def labelled_sequences(
             group=group,
             messages_seen=tuple(seen[turn] for turn in sequence.turns),
             num_messages=turns.num_messages,
+            next_messages=tuple(answers[turn] for turn in sequence.turns),
         )
         for sequence in pack_turns(prompts, responses)
     ]
@@ -124,9 +136,12 @@ def all_prompts(tokenized: Iterable[TokenizedTurns]) -> list[TokenIds]:
     return [prompt for turns in tokenized for prompt in turns.prompts]
 
 
-def _cut(response: TokenIds, room: int, end_id: int) -> TokenIds:
-    """A response that another policy wrote may be longer than this one's context: its beginning and its end token."""
-    return response if len(response) <= room else (*response[: room - 1], end_id)
+def _cut(response: TokenIds, room: int, end_id: int) -> tuple[TokenIds, bool]:
+    """A response that another policy wrote may be longer than this one's context: its beginning and its end token.
+
+    Returns what there is room for, and whether that is less than all.
+    """
+    return (response, False) if len(response) <= room else ((*response[: room - 1], end_id), True)
 
 
 def _num_spoken(chat: Sequence[dict[str, str]]) -> int:

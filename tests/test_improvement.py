@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from iterative_ppo.config import ImprovementConfig
 from iterative_ppo.improvement.base import Improvement, RewardFunction, UpdateMetrics
 from iterative_ppo.improvement.native import improve, sample_rollout
-from iterative_ppo.losses import explained_variance, token_entropy, token_logprobs
+from iterative_ppo.losses import explained_variance, token_entropy
 from iterative_ppo.policy import Policy
 from iterative_ppo.rendering import TokenIds
+from iterative_ppo.shared_prefix import TreeBatch, families
 
 TOKENS = 2048
 ALGORITHMS = ["ppo", "grpo", "rloo"]
@@ -37,8 +38,8 @@ class LetterValue(nn.Module):
         self.value = nn.Embedding(num_tokens, 1)
         nn.init.zeros_(self.value.weight)
 
-    def forward(self, token_BT: Tensor, _: Tensor) -> Tensor:
-        return self.value(token_BT).squeeze(-1)
+    def forward(self, batch: TreeBatch) -> Tensor:
+        return self.value(batch.token_BT).squeeze(-1)
 
 
 def says_a(_: Sequence[TokenIds], responses: Sequence[TokenIds]) -> Tensor:
@@ -48,8 +49,19 @@ def says_a(_: Sequence[TokenIds], responses: Sequence[TokenIds]) -> Tensor:
 
 def config_of(algorithm: str, **settings: object) -> ImprovementConfig:
     """Thirty-two responses an update, from the same settings for all algorithms."""
-    rows = {"prompts_per_update": 32} if algorithm == "ppo" else {"prompts_per_update": 8, "num_samples": 4}
-    defaults = {"num_updates": 16, "learning_rate": 1e-4, "token_value_learning_rate": 1e-2, "kl_target": 1.0}
+    rows = (
+        {"prompts_per_update": 32, "num_samples": 1}
+        if algorithm == "ppo"
+        else {"prompts_per_update": 8, "num_samples": 4}
+    )
+    defaults = {
+        "num_updates": 16,
+        "num_minibatches": 2,
+        "learning_rate": 1e-4,
+        "token_value_learning_rate": 1e-2,
+        "kl_target": 1.0,
+        "adaptive_kl": False,
+    }
     return ImprovementConfig(**({"algorithm": algorithm} | rows | defaults | settings))
 
 
@@ -93,11 +105,11 @@ def mean_reward_and_kl(candidate: Policy, anchor: Policy) -> tuple[float, float]
 @pytest.mark.parametrize("kl_in", ["loss", "reward"])
 def test_the_mean_reward_rises_within_the_kl_budget(algorithm: str, kl_in: str):
     policy = tiny.letter_policy()
-    improvement = run(policy, config_of(algorithm, kl_in=kl_in))
+    improvement = run(policy, config_of(algorithm, kl_in=kl_in, num_updates=20))
     before, _ = mean_reward_and_kl(policy, policy)
     after, kl = mean_reward_and_kl(improvement.candidate, policy)
     assert after > before + 0.2
-    assert 0 < improvement.kl <= 1.0
+    assert 0 < improvement.kl < 1.15, "the budget, up to the error of measuring it afresh"
     assert 0 < kl < 1.4, "the measured KL is the candidate's own, up to sampling error"
     assert improvement.stop_reason in ("updates", "kl_target")
     assert improvement.updates[-1].reward_mean > improvement.updates[0].reward_mean
@@ -109,7 +121,7 @@ def test_a_small_kl_budget_is_kept_and_named(algorithm: str):
     policy = tiny.letter_policy()
     improvement = run(policy, config_of(algorithm, kl_target=0.1, num_updates=40))
     assert improvement.stop_reason == "kl_target"
-    assert improvement.kl <= 0.1
+    assert 0.02 < improvement.kl < 0.13, "measured afresh, of what the budget allowed of the last update"
     assert len(improvement.updates) < 40
     _, kl = mean_reward_and_kl(improvement.candidate, policy)
     assert kl < 0.2
@@ -183,6 +195,7 @@ def test_it_reaches_the_closed_form_optimum(algorithm: str, kl_in: str):
             learning_rate=3e-3,
             token_value_learning_rate=1e-2,
             kl_target=50.0,
+            adaptive_kl=False,
         ),
         prompts=[one.prompt],
         reward=one.reward,
@@ -267,7 +280,8 @@ def test_an_offset_of_every_prompt_changes_nothing_to_speak_of(algorithm: str):
             super().__init__()
             self.size = nn.Parameter(torch.tensor(10.0))
 
-        def forward(self, token_BT: Tensor, _: Tensor) -> Tensor:
+        def forward(self, batch: TreeBatch) -> Tensor:
+            token_BT = batch.token_BT
             return torch.where(token_BT[:, 1:2] == prompts[0][1], self.size, -self.size).expand(token_BT.shape)
 
     assert prompts[0][1] != prompts[1][1]
@@ -292,17 +306,16 @@ def test_an_offset_of_every_prompt_changes_nothing_to_speak_of(algorithm: str):
 def test_the_ratio_is_one_at_the_first_pass_whatever_the_padding(
     model: Callable[..., PreTrainedModel], temperature: float
 ):
-    """The sampler's log-probabilities (cache, padding in its gaps) are those that the gradient pass computes (prompts
-    padded on the left, responses on the right), row by row, in any batch: p p r r r . | . . . p r . ."""
+    """The sampler's log-probabilities (cache, padding in its gaps) are those that the gradient pass computes (trees
+    padded on the right), row by row, in any batch: p p r r r . | p r . . . ."""
     policy = tiny.letter_policy(model, temperature=temperature)
     rollout = sample_rollout(policy, policy, PROMPTS, says_a, generator=np.random.default_rng(2), tokens_per_batch=64)
     for rows in (range(8), [3], [1, 3], [7, 0, 5]):
-        batch = policy.response_logits([rollout.prompts[r] for r in rows], [rollout.responses[r] for r in rows])
-        width = batch.mask_BT.shape[1]
-        logprob_BT = token_logprobs(batch.logits_BTV, batch.token_BT)
-        ratio_BT = (logprob_BT - rollout.old_logprob_BT[list(rows), :width]).exp()
-        assert float((ratio_BT - 1)[batch.mask_BT].abs().max()) < 1e-5
-        assert torch.equal(batch.mask_BT, rollout.mask_BT[list(rows), :width])
+        for batch in policy.response_logits(*rollout.select(rows), tokens_per_batch=64):
+            own, width = [rows[place] for place in batch.rows], batch.mask_BT.shape[1]
+            ratio_BT = (batch.logprobs() - rollout.old_logprob_BT[own, :width]).exp()
+            assert float((ratio_BT - 1)[batch.mask_BT].abs().max()) < 1e-5
+            assert torch.equal(batch.mask_BT, rollout.mask_BT[own, :width])
     assert float((rollout.old_logprob_BT - rollout.anchor_logprob_BT).abs().max()) < 1e-5
 
 
@@ -319,7 +332,7 @@ def test_the_metrics_of_one_update_by_hand():
     [update] = run(policy, config, token_value=value, seed=3).updates
 
     generator = np.random.default_rng(3)
-    prompts = [PROMPTS[row] for row in generator.permutation(8)]
+    prompts = [PROMPTS[families(PROMPTS)[group][0]] for group in generator.permutation(8)]
     rollout = sample_rollout(policy, policy, prompts, says_a, generator=generator, tokens_per_batch=TOKENS)
     assert update.update == 0
     assert update.num_passes == 1
@@ -332,7 +345,8 @@ def test_the_metrics_of_one_update_by_hand():
 
     entropy, values, returns = 0.0, [], []
     for prompt, response in zip(rollout.prompts, rollout.responses, strict=True):
-        entropy += float(token_entropy(policy.response_logits([prompt], [response]).logits_BTV).detach().sum())
+        [logits] = policy.response_logits([prompt], [response], tokens_per_batch=TOKENS)
+        entropy += float(token_entropy(logits.logits_NV).detach().sum())
         before = (prompt[-1], *response[:-1])  # the last token of each prefix, of which LetterValue knows the value
         values += [float(value.value.weight[token]) for token in before]
         returns += [float(tiny.A in response)] * len(response)  # λ = 1: the reward, at every token
@@ -344,8 +358,8 @@ def test_the_metrics_of_one_update_by_hand():
 
 def test_passes_end_when_the_policy_has_moved_far_enough():
     policy = tiny.letter_policy()
-    [stopped] = run(policy, config_of("ppo", num_updates=1, num_passes=6, early_stop_kl=1e-5)).updates
-    [free] = run(policy, config_of("ppo", num_updates=1, num_passes=6, early_stop_kl=1e5)).updates
+    [stopped] = run(policy, config_of("ppo", num_updates=1, num_passes=6, early_stop_kl=1e-5), seed=1).updates
+    [free] = run(policy, config_of("ppo", num_updates=1, num_passes=6, early_stop_kl=1e5), seed=1).updates
     assert stopped.num_passes < free.num_passes == 6
     assert free.clip_fraction > 0
 
@@ -432,9 +446,39 @@ def test_a_frozen_token_value_is_used_and_not_fitted():
     """Learning rate 0: the same candidate as with a value that has no parameters and says the same."""
 
     class Zero(nn.Module):
-        def forward(self, token_BT: Tensor, _: Tensor) -> Tensor:
-            return torch.zeros(token_BT.shape)
+        def forward(self, batch: TreeBatch) -> Tensor:
+            return torch.zeros(batch.token_BT.shape)
 
     config = config_of("ppo", num_updates=3, token_value_learning_rate=0.0)
     frozen, none = (run(tiny.letter_policy(), config, token_value=value) for value in (LetterValue(), Zero()))
     assert tiny.largest_difference(frozen.candidate.model.state_dict(), none.candidate.model.state_dict()) < 1e-6
+
+
+def test_an_update_that_goes_too_far_is_taken_in_part():
+    """Its first update overshoots the budget by far; what is handed back is not the anchor, and within the budget."""
+    config = config_of("rloo", kl_target=0.15, learning_rate=3e-3, num_passes=1, num_minibatches=1)
+    improvement = run(tiny.letter_policy(), config)
+    assert improvement.stop_reason == "kl_target"
+    assert len(improvement.updates) == 1
+    assert 0.01 < improvement.kl < 0.2
+
+
+def test_the_price_of_kl_follows_the_budget():
+    """A reward whose differences are tiny against beta still moves the policy, once beta has come down; with beta
+    fixed it does not. And a beta of nothing is no answer: it comes up where the policy runs ahead."""
+
+    def small(prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> Tensor:
+        return 0.01 * says_a(prompts, responses)
+
+    settings = {"num_updates": 12, "learning_rate": 3e-4, "kl_target": 0.5, "kl_coefficient": 0.5}
+    fixed, adaptive = (
+        run(tiny.letter_policy(), config_of("rloo", adaptive_kl=on, **settings), reward=small) for on in (False, True)
+    )
+    assert adaptive.updates[-1].kl_coefficient < 0.1
+    assert {update.kl_coefficient for update in fixed.updates} == {0.5}
+    assert adaptive.kl > 2 * fixed.kl
+    hasty = run(
+        tiny.letter_policy(),
+        config_of("rloo", adaptive_kl=True, num_updates=12, learning_rate=1e-3, kl_target=2.0, kl_coefficient=0.001),
+    )
+    assert max(update.kl_coefficient for update in hasty.updates) > 0.001

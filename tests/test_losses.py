@@ -12,6 +12,7 @@ from torch import Tensor
 
 from iterative_ppo import losses
 from iterative_ppo.losses import (
+    adapted_kl_coefficient,
     clip_fraction,
     clipped_surrogate,
     explained_variance,
@@ -526,3 +527,11 @@ def test_lower_confidence_by_hand():
     assert_close(lower_confidence(q_value_BM, pessimism=1.0), [1.0, 2.0])
     assert_close(lower_confidence(q_value_BM, pessimism=0.0), [2.0, 2.0])
     assert_close(lower_confidence(torch.tensor([[0.3]]), pessimism=5.0), [0.3])
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"), [(0.0, 0.05), (0.066, 0.05), (0.067, 0.1), (0.1, 0.1), (0.15, 0.1), (0.151, 0.2), (9.0, 0.2)]
+)
+def test_the_adaptive_kl_penalty_of_ppo_by_hand(kl: float, expected: float):
+    """β = 0.1 and a target of 0.1: halved below 0.1 / 1.5 = 0.0667, doubled above 0.1 * 1.5 = 0.15."""
+    assert adapted_kl_coefficient(0.1, kl, kl_target=0.1) == expected

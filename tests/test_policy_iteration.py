@@ -35,10 +35,9 @@ class Tape:
     def collect(self, iteration: int, policy: Stage) -> Stage:
         return self._note(f"collect {policy.folder}", f"batch{iteration}", num_conversations=100)
 
-    def fit(self, iteration: int, policy: Stage, batches: Sequence[Stage], previous: Stage | None) -> Stage:
+    def fit(self, iteration: int, policy: Stage, batches: Sequence[Stage], previous: Stage) -> Stage:
         data = "+".join(str(batch.folder) for batch in batches)
-        start = "fresh" if previous is None else str(previous.folder)
-        return self._note(f"fit {policy.folder} on {data} from {start}", f"q{iteration}")
+        return self._note(f"fit {policy.folder} on {data} from {previous.folder}", f"q{iteration}")
 
     def improve(
         self, iteration: int, policy: Stage, q_function: Stage, batches: Sequence[Stage], num_holds: int
@@ -72,7 +71,7 @@ def test_after_a_promotion_the_candidate_is_collected_from_and_old_batches_are_d
         "start",
         "evaluate pi0",
         "collect pi0",
-        "fit pi0 on test0+batch1 from fresh",
+        "fit pi0 on test0+batch1 from pi0",
         "improve pi0 by q1 on test0+batch1 after 0 holds",
         "evaluate pi1 against pi0",
         "collect pi1",
@@ -89,7 +88,7 @@ def test_after_a_hold_the_policy_stays_and_its_next_q_is_fitted_to_all_its_conve
         "start",
         "evaluate pi0",
         "collect pi0",
-        "fit pi0 on test0+batch1 from fresh",
+        "fit pi0 on test0+batch1 from pi0",
         "improve pi0 by q1 on test0+batch1 after 0 holds",
         "evaluate pi1 against pi0",
         "collect pi0",
@@ -247,12 +246,26 @@ def test_q_is_fitted_to_all_batches_and_starts_from_the_previous_q(
     monkeypatch.setattr(stages, "fit_q_from_logs", fake)
     policy = finished(real_stages, "policy", [])
     first, second = finished(real_stages, "first", ["a", "b"]), finished(real_stages, "second", ["c"])
-    q_function = real_stages.fit(1, policy, [first], None)
+    q_function = real_stages.fit(1, policy, [first], policy)
+    (q_function.folder / "q_function").mkdir()
     real_stages.fit(2, policy, [first, second], q_function)
     assert seen == [
         (["a", "b"], policy.folder / "policy"),
         (["a", "b", "c"], q_function.folder / "q_function"),
     ]
+
+
+def test_a_run_that_never_finished_its_first_stage_can_be_begun_anew(tmp_path: Path) -> None:
+    """A mistake in the settings ends the first stage after the folder was made; the corrected call must not be refused."""
+    folder = tmp_path / "run"
+    RunDirectory(folder, config.Config(), resume=False)
+    (folder / "iteration-000/.start.partial").mkdir(parents=True)
+    corrected = config.from_dict({"policy": {"logs": "right.jsonl"}})
+    directory = RunDirectory(folder, corrected, resume=False)
+    assert 'logs = "right.jsonl"' in (folder / "config.toml").read_text()
+    directory.stage("iteration-000/start", seed=1, parents={}, make=lambda _: {})
+    with pytest.raises(config.ConfigError, match="not empty"):
+        RunDirectory(folder, corrected, resume=False)
 
 
 def test_the_gate_gives_both_policies_the_same_customers_and_new_ones_each_iteration(

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from scipy import stats
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
+from iterative_ppo.batching import pad_right
 from iterative_ppo.config import QFunctionConfig
 from iterative_ppo.conversations import Conversation, Message, chat_messages, split_by_group
 from iterative_ppo.intervals import clustered_interval, mean_interval
 from iterative_ppo.policy import Policy
-from iterative_ppo.q_fit import LabelledSequence, Predictions, fit_q_function, predict, predict_after_share
+from iterative_ppo.q_fit import LabelledSequence, NextMessage, Predictions, fit_q_function, predict, predict_after_share
 from iterative_ppo.q_function import Link, QFunction, QFunctionCard, TokenValue, load_card
 from iterative_ppo.q_report import (
     assess,
@@ -28,6 +29,7 @@ from iterative_ppo.q_report import (
     expected_calibration_error,
 )
 from iterative_ppo.rendering import TokenIds
+from iterative_ppo.shared_prefix import tree_batches
 from iterative_ppo.supervised import FitHistory
 from iterative_ppo.turns_to_tokens import all_prompts, labelled_sequences, td_lambda_targets, tokenize
 
@@ -179,12 +181,13 @@ def test_the_token_value_ends_in_q(folders: dict[str, Path]):
     """PPO's token value starts as Q's own reading at every token; at the end of the response it is Q."""
     q_function = new_q_function(folders["llama"], num_heads=3)
     sequence = make_logs(1, by_response, seed=2).sequences[0]
-    token_BT = torch.tensor([sequence.token_ids])
-    value_BT = TokenValue(q_function)(token_BT, torch.ones_like(token_BT, dtype=torch.bool))
+    prompts, responses = turns_of(sequence)
+    [(rows, batch)] = tree_batches(prompts, responses, tokens_per_batch=TOKENS)
+    value_BT = TokenValue(q_function)(batch)
     read = predict(q_function, [sequence], tokens_per_batch=TOKENS)
-    for turn, (start, end) in enumerate(sequence.spans):
-        assert value_BT[0, end - 1].item() == pytest.approx(read.q_value[turn], abs=TOLERANCE)
-        assert value_BT[0, start - 1].item() == pytest.approx(read.state_value[turn], abs=TOLERANCE)
+    for place, row in enumerate(rows):
+        assert batch.end(value_BT)[place].item() == pytest.approx(read.q_value[row], abs=TOLERANCE)
+        assert batch.before(value_BT)[place, 0].item() == pytest.approx(read.state_value[row], abs=TOLERANCE)
 
 
 def test_pessimism_is_the_mean_minus_deviations_of_the_members_values(folders: dict[str, Path]):
@@ -739,3 +742,117 @@ def test_writing_every_row_down_several_times_is_no_evidence(values: list[float]
     if np.std(values) > 1e-3:
         naive = clustered_interval(np.repeat(values, copies), np.arange(copies * len(values)))
         assert naive.high - naive.low < again.high - again.low
+
+
+# --- what the customer answers ------------------------------------------------------------------------------
+
+
+def answered_logs(num_conversations: int, *, seed: int) -> list[LabelledSequence]:
+    """One turn. Who hears an `a` or a `b` answers with an `f`, everybody else with a `g`; the outcome is a coin."""
+    generator = np.random.default_rng(seed)
+    sequences = []
+    for sequence in make_logs(num_conversations, by_response, seed=seed).sequences:
+        start, end = sequence.spans[0]
+        pleased = {tiny.A, tiny.B} & set(sequence.token_ids[start:end])
+        sequences.append(
+            dataclasses.replace(
+                sequence,
+                token_ids=sequence.token_ids[:end],
+                spans=((start, end),),
+                turns=(0,),
+                returns=(float(generator.random() < 0.5),),
+                messages_seen=(1,),
+                next_messages=((tiny.F if pleased else tiny.G,),),
+            )
+        )
+    return sequences
+
+
+def test_the_next_message_is_learnt_from_the_end_of_the_response_and_shapes_the_trunk(folders: dict[str, Path]):
+    """Outcomes are coins here, so all that the trunk can learn about a response comes from the answer to it. A linear
+    reading of the hidden state then tells the two kinds of response apart; without the second task it does not."""
+
+    def accuracy(weight: float) -> float:
+        q_function = new_q_function(folders["llama"])
+        sequences = answered_logs(300, seed=11)
+        fit(
+            q_function,
+            Logs(sequences=sequences, chance=np.array([])),
+            num_train=300,
+            max_passes=6,
+            next_message_weight=weight,
+        )
+        prompts, responses = all_turns_of(sequences)
+        token_BT, mask_BT = pad_right([p + r for p, r in zip(prompts, responses, strict=True)])
+        with torch.no_grad():
+            hidden_BTD = q_function.hidden(token_BT)
+        hidden_BD = hidden_BTD[torch.arange(300), mask_BT.sum(1) - 1].double().numpy()
+        pleased = np.array([sequence.next_messages[0][0] == tiny.F for sequence in sequences], dtype=float)
+        design = np.hstack([hidden_BD, np.ones((300, 1))])
+        half = 150
+        solution = np.linalg.solve(
+            design[:half].T @ design[:half] + 1e-2 * np.eye(design.shape[1]), design[:half].T @ (pleased[:half] - 0.5)
+        )
+        return float(((design[half:] @ solution > 0) == pleased[half:].astype(bool)).mean())
+
+    with_task, without = accuracy(1.0), accuracy(0.0)
+    assert with_task > 0.95
+    assert with_task > without + 0.05
+
+
+def test_the_loss_of_the_next_message_by_hand(folders: dict[str, Path]):
+    """A bag of words: the mean over the answer's tokens of −log softmax(E P h + b), P the identity at the start."""
+    q_function = new_q_function(folders["llama"])
+    sequences = [
+        dataclasses.replace(s, next_messages=((tiny.F, tiny.G), ()))
+        for s in make_logs(2, by_response, seed=12).sequences
+    ]
+    task = NextMessage(q_function, sequences)
+    hidden_BTD = q_function.hidden(pad_right([s.token_ids for s in sequences])[0])
+    expected = 0.0
+    count_V = 1 + np.bincount([tiny.F, tiny.G] * 2, minlength=12)
+    embedding_VD = q_function.model.get_input_embeddings().weight
+    for b, sequence in enumerate(sequences):
+        logits_V = embedding_VD @ hidden_BTD[b, sequence.spans[0][1] - 1] + torch.tensor(
+            np.log(count_V / count_V.sum())
+        )
+        logprob_V = logits_V.log_softmax(-1)
+        expected -= float(logprob_V[tiny.F].detach() + logprob_V[tiny.G].detach()) / 2
+    assert float(task(hidden_BTD, sequences).detach()) == pytest.approx(expected, rel=1e-5)
+    nothing = [dataclasses.replace(s, next_messages=()) for s in sequences]
+    assert float(task(hidden_BTD, nothing)) == 0
+
+
+def test_the_answers_of_a_log_are_those_that_follow_the_responses():
+    policy = tiny.word_policy()
+    messages = (
+        Message(role="user", content="hello"),
+        Message(role="assistant", content="trail or road?", suggestion="which?", decision="edited"),
+        Message(role="user", content="trail"),
+        Message(role="assistant", content="80 euro"),
+    )
+    conversation = Conversation(id="c", messages=messages, outcome=1.0, end="terminated")
+    turns = tokenize(conversation, policy.renderer)
+    answers = [policy.tokenizer.decode(answer) for answer in turns.next_messages]
+    assert answers == ["[sent instead: trail or road?]\ntrail", ""], (
+        "what the business made of it is part of the answer"
+    )
+    [sequence] = labelled_sequences(conversation, turns, gamma=1.0, index=0, group="c")
+    assert sequence.next_messages == turns.next_messages
+
+
+# --- returns of any size ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (100.0, 0.0), (0.01, 0.0), (1.0, -5.0)])
+def test_the_fit_does_not_depend_on_the_scale_and_the_origin_of_the_reward(
+    folders: dict[str, Path], scale: float, offset: float
+):
+    """Returns of −5 or of hundreds are found as well as those of 0 and 1, in the same few passes."""
+    logs = make_logs(240, by_response, seed=13)
+    sequences = [dataclasses.replace(s, returns=tuple(scale * r + offset for r in s.returns)) for s in logs.sequences]
+    q_function = new_q_function(folders["llama"], link="identity")
+    fit(q_function, Logs(sequences=sequences, chance=logs.chance), num_train=180, loss="squared_error", max_passes=6)
+    read = predict(q_function, sequences, tokens_per_batch=TOKENS)
+    assert float(np.mean(read.q_value)) == pytest.approx(scale * np.mean(logs.chance) + offset, abs=0.1 * scale)
+    assert np.corrcoef(read.q_value, logs.chance)[0, 1] > 0.8

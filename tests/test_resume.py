@@ -103,6 +103,8 @@ def test_the_run_holds_weights_to_compare(uninterrupted: Path) -> None:
     names = [name for name in results(uninterrupted / "run") if name.endswith(".safetensors")]
     assert names == [
         "iteration-000/start/policy/model.safetensors",
+        "iteration-000/start/q_function/heads.safetensors",
+        "iteration-000/start/q_function/model.safetensors",
         "iteration-001/fit/q_function/heads.safetensors",
         "iteration-001/fit/q_function/model.safetensors",
         "iteration-001/improve/policy/model.safetensors",

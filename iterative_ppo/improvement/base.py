@@ -21,7 +21,7 @@ class UpdateMetrics:
     """One update of the improvement step; `docs/algorithm.md` has each formula.
 
     Example:
-        UpdateMetrics(update=3, reward_mean=0.41, kl=0.08, kl_k1=0.07, entropy=1.2,
+        UpdateMetrics(update=3, reward_mean=0.41, kl=0.08, kl_k1=0.07, kl_coefficient=0.05, entropy=1.2,
             clip_fraction=0.06, explained_variance=0.5, response_tokens=8.1, num_passes=2)
     """
 
@@ -32,6 +32,8 @@ class UpdateMetrics:
     """KL(policy ‖ anchor) in nats a response, of the policy that sampled this update's responses, by k3."""
     kl_k1: float
     """The same by k1, the plain mean of summed log-ratios: unbiased too, noisier."""
+    kl_coefficient: float
+    """Beta in this update."""
     entropy: float
     """Mean entropy of the next-token distribution, in nats."""
     clip_fraction: float

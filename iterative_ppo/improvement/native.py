@@ -14,32 +14,33 @@ import torch
 from torch import Tensor, nn
 
 from iterative_ppo import losses
-from iterative_ppo.batching import micro_batches, pad_right, pad_values
+from iterative_ppo.batching import pad_right, pad_values
 from iterative_ppo.config import ImprovementConfig
 from iterative_ppo.improvement.base import Improvement, RewardFunction, UpdateMetrics
 from iterative_ppo.policy import Policy
 from iterative_ppo.rendering import TokenIds
+from iterative_ppo.shared_prefix import families, takes_trees, tree_batches
 from iterative_ppo.supervised import Progress, no_progress
 
 _COLLAPSED_ENTROPY_SHARE = 0.1
 _COLLAPSED_LENGTH_SHARE = 0.2
 _RUNAWAY_KL_FACTOR = 10.0
+_NUM_RESPONSES_FOR_KL = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rollout:
-    """Responses sampled in one update, with what the losses need. B responses, T response tokens."""
+class Responses:
+    """Sampled responses under their policy and the anchor. B responses, T response tokens."""
 
     prompts: tuple[TokenIds, ...]
     responses: tuple[TokenIds, ...]
     mask_BT: Tensor
     old_logprob_BT: Tensor
     anchor_logprob_BT: Tensor
-    reward_B: Tensor
 
-    @property
-    def lengths(self) -> list[int]:
-        return [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
+    def select(self, rows: Sequence[int]) -> tuple[list[TokenIds], list[TokenIds]]:
+        """Prompts and responses of some rows."""
+        return [self.prompts[row] for row in rows], [self.responses[row] for row in rows]
 
     @property
     def kl(self) -> float:
@@ -53,6 +54,13 @@ class Rollout:
 
     def _per_response(self, x_BT: Tensor) -> float:
         return float(losses.masked_sum(x_BT, self.mask_BT)) / len(self.responses)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout(Responses):
+    """The responses of one update with their rewards: what its losses need."""
+
+    reward_B: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,14 +96,23 @@ def improve(
         on_update: called after each update with its metrics and the policy as it then is.
 
     Returns:
-        The candidate: the last policy whose measured KL to the anchor is within `kl_target`.
+        The candidate: the last policy whose measured KL to the anchor is within `kl_target`; of an update that goes
+        beyond, as much of it as does not.
     """
     if config.algorithm == "ppo" and token_value is None:
         raise ValueError("PPO needs a token value to start from; GRPO and RLOO do without")
     candidate = Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.config)
     learner = _Learner(candidate, token_value, config, tokens_per_batch=tokens_per_batch)
     batches = _prompt_batches(prompts, config, generator)
-    good_weights, good_kl = copy.deepcopy(candidate.model.state_dict()), 0.0
+
+    def fresh_kl(num_responses: int) -> float:
+        """Of the candidate as it is, on responses that decide nothing else."""
+        fresh: list[TokenIds] = []
+        while len(fresh) < num_responses:
+            fresh += next(batches)
+        return sample_responses(candidate, policy, fresh, generator=generator, tokens_per_batch=tokens_per_batch).kl
+
+    good_weights = copy.deepcopy(candidate.model.state_dict())
     updates: list[UpdateMetrics] = []
     stop_reason = "updates"
     for update in range(config.num_updates + 1):
@@ -103,20 +120,44 @@ def improve(
             candidate, policy, next(batches), reward, generator=generator, tokens_per_batch=tokens_per_batch
         )
         problem = _collapse(rollout, updates, config)
-        if problem or rollout.kl > config.kl_target:
-            stop_reason = f"collapse: {problem}" if problem else "kl_target"
+        if problem:
+            stop_reason = f"collapse: {problem}"
             candidate.model.load_state_dict(good_weights)
             break
-        good_weights, good_kl = copy.deepcopy(candidate.model.state_dict()), rollout.kl
+        if rollout.kl > config.kl_target:
+            stop_reason = "kl_target"
+            _step_back(candidate, good_weights, lambda: fresh_kl(1) <= config.kl_target)
+            break
+        good_weights = copy.deepcopy(candidate.model.state_dict())
         if update == config.num_updates:
             break
+        if config.adaptive_kl and update > 0:
+            pace = config.kl_target * update / config.num_updates
+            learner.kl_coefficient = losses.adapted_kl_coefficient(learner.kl_coefficient, rollout.kl, kl_target=pace)
         updates.append(learner.update(rollout, update, generator))
         if on_update:
             on_update(updates[-1], candidate)
         progress(f"improve (reward {updates[-1].reward_mean:.3f}, KL {rollout.kl:.3f})", update + 1, config.num_updates)
     progress("improve", config.num_updates, config.num_updates)
     candidate.model.eval().requires_grad_(True)
-    return Improvement(candidate=candidate, updates=tuple(updates), kl=good_kl, stop_reason=stop_reason)
+    # The KL by which a policy was kept is too low on average.
+    kl = fresh_kl(_NUM_RESPONSES_FOR_KL) if updates else 0.0
+    return Improvement(candidate=candidate, updates=tuple(updates), kl=kl, stop_reason=stop_reason)
+
+
+def _step_back(policy: Policy, good_weights: dict[str, Tensor], is_good: Callable[[], bool]) -> None:
+    """Goes back along the last update until the policy is good again: half of it, a quarter, ..., none."""
+    far_weights = copy.deepcopy(policy.model.state_dict())
+    for share in (0.5, 0.25, 0.125):
+        policy.model.load_state_dict(
+            {
+                name: torch.lerp(good_weights[name], far, share) if far.is_floating_point() else far
+                for name, far in far_weights.items()
+            }
+        )
+        if is_good():
+            return
+    policy.model.load_state_dict(good_weights)
 
 
 def sample_rollout(
@@ -128,27 +169,45 @@ def sample_rollout(
     generator: np.random.Generator,
     tokens_per_batch: int,
 ) -> Rollout:
-    """Samples one response a prompt, scores it, and notes its log-probabilities under policy and anchor.
+    """Samples one response a prompt and scores it.
 
     A response cut at the cap carries no end-of-response token; it is scored with one, because that is how it would
     be sent and read by everyone after.
     """
+    sampled = sample_responses(policy, anchor, prompts, generator=generator, tokens_per_batch=tokens_per_batch)
     end_id = policy.renderer.end_id
+    ended = [tokens if tokens[-1] == end_id else (*tokens, end_id) for tokens in sampled.responses]
+    return Rollout(
+        prompts=sampled.prompts,
+        responses=sampled.responses,
+        mask_BT=sampled.mask_BT,
+        old_logprob_BT=sampled.old_logprob_BT,
+        anchor_logprob_BT=sampled.anchor_logprob_BT,
+        reward_B=reward(prompts, ended).float().to(policy.device),
+    )
+
+
+def sample_responses(
+    policy: Policy,
+    anchor: Policy,
+    prompts: Sequence[TokenIds],
+    *,
+    generator: np.random.Generator,
+    tokens_per_batch: int,
+) -> Responses:
+    """Samples one response a prompt, and notes its log-probabilities under policy and anchor."""
     uniforms_BT = generator.random((len(prompts), policy.config.max_response_tokens))
     policy.model.eval()
     sampled = policy.sample(prompts, uniforms_BT)
-    responses, logprobs = sampled.token_ids, sampled.token_logprobs
-    ended = [tokens if tokens[-1] == end_id else (*tokens, end_id) for tokens in responses]
-    _, mask_BT = pad_right(responses)
+    _, mask_BT = pad_right(sampled.token_ids)
     width = mask_BT.shape[1]
-    anchor_logprobs = anchor.logprobs(prompts, responses, tokens_per_batch=4 * tokens_per_batch)
-    return Rollout(
+    anchor_logprobs = anchor.logprobs(prompts, sampled.token_ids, tokens_per_batch=4 * tokens_per_batch)
+    return Responses(
         prompts=tuple(prompts),
-        responses=responses,
+        responses=sampled.token_ids,
         mask_BT=mask_BT.to(policy.device),
-        old_logprob_BT=pad_values(logprobs, width=width).to(policy.device),
+        old_logprob_BT=pad_values(sampled.token_logprobs, width=width).to(policy.device),
         anchor_logprob_BT=pad_values(anchor_logprobs, width=width).to(policy.device),
-        reward_B=reward(prompts, ended).float().to(policy.device),
     )
 
 
@@ -160,6 +219,7 @@ class _Learner:
     ) -> None:
         self.policy = policy
         self.config = config
+        self.kl_coefficient = config.kl_coefficient
         self.tokens_per_batch = tokens_per_batch
         self.policy_parameters = [p for p in policy.model.parameters() if p.requires_grad]
         self.policy_optimizer = torch.optim.AdamW(self.policy_parameters, lr=config.learning_rate, weight_decay=0.0)
@@ -179,14 +239,11 @@ class _Learner:
         baseline = self._baseline(rollout)
         advantage_BT, scale = _normalized(baseline.advantage_BT, rollout.mask_BT)
         num_rows = len(rollout.responses)
-        size = math.ceil(num_rows / self.config.num_minibatches)
         stats = _PassStatistics()
         num_passes = 0
         for _ in range(self.config.num_passes):
-            order = generator.permutation(num_rows)
             stats = _PassStatistics()
-            for start in range(0, num_rows, size):
-                rows = order[start : start + size].tolist()
+            for rows in _minibatches(rollout.prompts, self.config.num_minibatches, generator):
                 self._policy_step(rollout, advantage_BT, scale, rows, stats)
                 if self.value_parameters and self.config.token_value_learning_rate > 0:
                     self._value_step(rollout, baseline.return_BT, rows)
@@ -200,6 +257,7 @@ class _Learner:
             kl_k1=rollout.kl_k1,
             entropy=stats.entropy / stats.num_tokens,
             clip_fraction=stats.num_clipped / stats.num_tokens,
+            kl_coefficient=self.kl_coefficient,
             explained_variance=losses.explained_variance(
                 baseline.token_value_BT[rollout.mask_BT], baseline.return_BT[rollout.mask_BT]
             )
@@ -214,12 +272,13 @@ class _Learner:
         token_reward_BT = losses.terminal_token_reward(rollout.reward_B, rollout.mask_BT)
         if config.kl_in == "reward":
             log_ratio_BT = losses.kl_k1(rollout.old_logprob_BT, rollout.anchor_logprob_BT)
-            token_reward_BT = token_reward_BT - config.kl_coefficient * log_ratio_BT * rollout.mask_BT
+            token_reward_BT = token_reward_BT - self.kl_coefficient * log_ratio_BT * rollout.mask_BT
         if self.token_value is not None:
             with torch.no_grad():
                 value_BT = torch.zeros_like(token_reward_BT)
-                for rows in micro_batches(rollout.lengths, tokens_per_batch=4 * self.tokens_per_batch):
-                    value_BT[rows] = self._token_values(rollout, rows)
+                rows = range(len(rollout.responses))
+                for batch, values in self._token_values(rollout, rows, tokens_per_batch=4 * self.tokens_per_batch):
+                    value_BT[batch, : values.shape[1]] = values
             advantage_BT = losses.generalized_advantage_estimation(
                 token_reward_BT, value_BT, rollout.mask_BT, lambda_=config.gae_lambda
             )
@@ -235,52 +294,49 @@ class _Learner:
             advantage_BT=advantage_B[:, None] * rollout.mask_BT, return_BT=zeros_BT, token_value_BT=zeros_BT
         )
 
-    def _token_values(self, rollout: Rollout, rows: Sequence[int]) -> Tensor:
-        """Value of the prefix before each response token [len(rows), T]; zero at padding."""
+    def _token_values(
+        self, rollout: Rollout, rows: Sequence[int], *, tokens_per_batch: int
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Value of the prefix before each response token, in micro-batches: their rows, and [rows, T], 0 at padding."""
         assert self.token_value is not None
-        token_BS, mask_BS = pad_right([rollout.prompts[row] + rollout.responses[row] for row in rows])
-        value_BS = self.token_value(token_BS, mask_BS)
-        start_B = torch.tensor([len(rollout.prompts[row]) - 1 for row in rows], device=value_BS.device)
-        offset_T = torch.arange(rollout.mask_BT.shape[1], device=value_BS.device)
-        index_BT = (start_B[:, None] + offset_T).clamp(max=value_BS.shape[1] - 1)
-        return value_BS.gather(1, index_BT) * rollout.mask_BT[rows]
+        prompts, responses = rollout.select(rows)
+        for places, batch in tree_batches(
+            prompts, responses, tokens_per_batch=tokens_per_batch, share=takes_trees(self.token_value)
+        ):
+            value_BT = batch.before(self.token_value(batch))
+            yield [rows[place] for place in places], value_BT * batch.mask_RL.to(value_BT.device)
 
     def _policy_step(
         self, rollout: Rollout, advantage_BT: Tensor, scale: float, rows: Sequence[int], stats: "_PassStatistics"
     ) -> None:
         config = self.config
-        for batch in self._micro_batches(rollout, rows):
-            logits = self.policy.response_logits(
-                [rollout.prompts[row] for row in batch], [rollout.responses[row] for row in batch]
-            )
+        prompts, responses = rollout.select(rows)
+        for logits in self.policy.response_logits(prompts, responses, tokens_per_batch=self.tokens_per_batch):
+            batch = [rows[place] for place in logits.rows]
             width = logits.mask_BT.shape[1]
             old_BT, anchor_BT = rollout.old_logprob_BT[batch, :width], rollout.anchor_logprob_BT[batch, :width]
-            logprob_BT = losses.token_logprobs(logits.logits_BTV, logits.token_BT)
+            logprob_BT = logits.logprobs()
             loss = losses.clipped_surrogate(
                 logprob_BT, old_BT, advantage_BT[batch, :width], logits.mask_BT, clip=config.clip
             )
             if config.kl_in == "loss":
-                loss = loss + config.kl_coefficient * scale * losses.kl_loss(logprob_BT, anchor_BT, logits.mask_BT)
+                loss = loss + self.kl_coefficient * scale * losses.kl_loss(logprob_BT, anchor_BT, logits.mask_BT)
             (loss * len(batch) / len(rows)).backward()
-            stats.add(logprob_BT.detach(), old_BT, logits.logits_BTV.detach(), logits.mask_BT, clip=config.clip)
+            stats.add(logprob_BT.detach(), old_BT, logits.logits_NV.detach(), logits.mask_BT, clip=config.clip)
         nn.utils.clip_grad_norm_(self.policy_parameters, 1.0)
         self.policy_optimizer.step()
         self.policy_optimizer.zero_grad(set_to_none=True)
 
     def _value_step(self, rollout: Rollout, return_BT: Tensor, rows: Sequence[int]) -> None:
         num_tokens = float(rollout.mask_BT[rows].sum())
-        for batch in self._micro_batches(rollout, rows):
-            mask_BT = rollout.mask_BT[batch]
-            loss = losses.token_value_loss(self._token_values(rollout, batch), return_BT[batch], mask_BT)
+        for batch, value_BT in self._token_values(rollout, rows, tokens_per_batch=self.tokens_per_batch):
+            width = value_BT.shape[1]
+            mask_BT = rollout.mask_BT[batch, :width]
+            loss = losses.token_value_loss(value_BT, return_BT[batch, :width], mask_BT)
             (loss * float(mask_BT.sum()) / num_tokens).backward()
         nn.utils.clip_grad_norm_(self.value_parameters, 1.0)
         self.value_optimizer.step()
         self.value_optimizer.zero_grad(set_to_none=True)
-
-    def _micro_batches(self, rollout: Rollout, rows: Sequence[int]) -> Iterator[list[int]]:
-        lengths = rollout.lengths
-        for batch in micro_batches([lengths[row] for row in rows], tokens_per_batch=self.tokens_per_batch):
-            yield [rows[i] for i in batch]
 
 
 @dataclass(slots=True)
@@ -293,12 +349,12 @@ class _PassStatistics:
     entropy: float = 0.0
 
     @torch.no_grad()
-    def add(self, logprob_BT: Tensor, old_BT: Tensor, logits_BTV: Tensor, mask_BT: Tensor, *, clip: float) -> None:
+    def add(self, logprob_BT: Tensor, old_BT: Tensor, logits_NV: Tensor, mask_BT: Tensor, *, clip: float) -> None:
         num_tokens = float(mask_BT.sum())
         self.num_tokens += num_tokens
         self.num_clipped += num_tokens * float(losses.clip_fraction(logprob_BT, old_BT, mask_BT, clip=clip))
         self.policy_kl += float(losses.masked_sum(losses.kl_k3(old_BT, logprob_BT), mask_BT))
-        self.entropy += float(losses.masked_sum(losses.token_entropy(logits_BTV), mask_BT))
+        self.entropy += float(losses.token_entropy(logits_NV).sum())
 
 
 def _normalized(advantage_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, float]:
@@ -311,14 +367,29 @@ def _normalized(advantage_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, float]:
 def _prompt_batches(
     prompts: Sequence[TokenIds], config: ImprovementConfig, generator: np.random.Generator
 ) -> Iterator[list[TokenIds]]:
-    """Endless batches of prompts, each repeated `num_samples` times in adjacent rows; every prompt equally often."""
+    """Endless batches of prompts, each repeated `num_samples` times in adjacent rows; every prompt equally often.
+
+    Prompts that are prefixes of each other are drawn together: they cost little more than the longest of them.
+    """
+    groups = families(prompts)
     queue: list[int] = []
     size = min(config.prompts_per_update, len(prompts))
     while True:
-        if len(queue) < size:
-            queue += generator.permutation(len(prompts)).tolist()
+        while len(queue) < size:
+            queue += [row for group in generator.permutation(len(groups)).tolist() for row in groups[group]]
         yield [prompts[row] for row in queue[:size] for _ in range(config.num_samples)]
         queue = queue[size:]
+
+
+def _minibatches(
+    prompts: Sequence[TokenIds], num_minibatches: int, generator: np.random.Generator
+) -> Iterator[list[int]]:
+    """The rows in a random order, in parts of equal size; rows whose prompts share a prefix stay together."""
+    groups = families(prompts)
+    order = [row for group in generator.permutation(len(groups)).tolist() for row in groups[group]]
+    size = math.ceil(len(order) / num_minibatches)
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
 
 
 def _collapse(rollout: Rollout, updates: Sequence[UpdateMetrics], config: ImprovementConfig) -> str:
