@@ -26,7 +26,7 @@ class Ranking:
     """Q's order of responses against the order of their mean outcomes over rollouts.
 
     Example:
-        Ranking(num_states=64, num_responses=6, num_rollouts=32, kendall_tau=Interval(...), ceiling=Interval(...),
+        Ranking(num_states=64, num_responses=6, num_rollouts=32, kendall_tau=Interval(...), correlation=.6, ceiling=Interval(...),
             regret=Interval(...), random_regret=Interval(...), exact_branches=True)
     """
 
@@ -36,8 +36,10 @@ class Ranking:
     num_rollouts: int
     kendall_tau: Interval
     """Kendall's τ-b of Q against the mean over rollouts, averaged over states: 1 the same order, 0 none."""
+    correlation: float
+    """Of Q with the mean over rollouts, each less its mean over the state's responses, over all states' responses."""
     ceiling: Interval
-    """The same between two independent halves of the rollouts: what noise in the truth lets any Q reach, roughly."""
+    """Kendall's τ-b between two independent halves of the rollouts: what noise in the truth lets any Q reach, roughly."""
     regret: Interval
     """True value of the best response less that of Q's choice. Best and choice are judged by different rollouts."""
     random_regret: Interval
@@ -72,6 +74,7 @@ def rank_within_states(
     generator = np.random.default_rng(seed)
     environment = make_environment()
     taus: list[float] = []
+    within_states: list[np.ndarray] = []
     ceilings: list[float] = []
     regrets: list[float] = []
     random_regrets: list[float] = []
@@ -91,7 +94,9 @@ def rank_within_states(
             finish(policy, branches[start : start + lockstep], max_turns=max_turns, statistics=RolloutStatistics())
         value_KR = np.array([branch.total_reward for branch in branches]).reshape(len(responses), num_rollouts)
         first_K, second_K = value_KR[:, ::2].mean(1), value_KR[:, 1::2].mean(1)
-        taus.append(_kendall_tau(q_value_K, value_KR.mean(1)))
+        mean_value_K = value_KR.mean(1)
+        taus.append(_kendall_tau(q_value_K, mean_value_K))
+        within_states.append(np.stack([q_value_K - q_value_K.mean(), mean_value_K - mean_value_K.mean()]))
         ceilings.append(_kendall_tau(first_K, second_K))
         best = int(first_K.argmax())
         regrets.append(float(second_K[best] - second_K[q_value_K.argmax()]))
@@ -104,6 +109,7 @@ def rank_within_states(
         num_responses=num_responses,
         num_rollouts=num_rollouts,
         kendall_tau=mean_interval(taus),
+        correlation=_correlation(*np.concatenate(within_states, axis=1)),
         ceiling=mean_interval(ceilings),
         regret=mean_interval(regrets),
         random_regret=mean_interval(random_regrets),
@@ -148,6 +154,11 @@ def _branch(talk: Talk, response: str, generator: np.random.Generator, *, max_tu
     )
     branch.say(response, None, max_turns=max_turns)
     return branch
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's r; 0 where either side is constant, which tells nothing."""
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.0
 
 
 def _kendall_tau(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:

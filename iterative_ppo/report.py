@@ -229,8 +229,8 @@ def print_ranking(ranking: Ranking, console: Console) -> None:
     tau, ceiling = ranking.kendall_tau, ranking.ceiling
     regret, blind = ranking.regret, ranking.random_regret
     console.print(
-        f"Kendall tau {tau.mean:.3f} ({tau.low:.3f} to {tau.high:.3f}) over {ranking.num_states} states; two halves of the "
-        f"rollouts agree with {ceiling.mean:.3f}",
+        f"Kendall tau {tau.mean:.3f} ({tau.low:.3f} to {tau.high:.3f}) over {ranking.num_states} states, correlation within "
+        f"states {ranking.correlation:.3f}; two halves of the rollouts agree with tau {ceiling.mean:.3f}",
         highlight=False,
     )
     console.print(

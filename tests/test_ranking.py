@@ -76,6 +76,7 @@ def test_a_perfect_q_ranks_perfectly_and_regrets_nothing(policy: Policy) -> None
     ranking = rank(policy, worth)
     assert ranking.num_states == 5
     assert ranking.kendall_tau.mean == pytest.approx(1.0)
+    assert ranking.correlation == pytest.approx(1.0)
     assert ranking.ceiling.mean == pytest.approx(1.0)
     assert ranking.regret.mean == 0.0
     assert ranking.random_regret.mean > 0.1
@@ -84,11 +85,29 @@ def test_a_perfect_q_ranks_perfectly_and_regrets_nothing(policy: Policy) -> None
 def test_an_inverted_q_ranks_backwards_and_chooses_the_worst(policy: Policy) -> None:
     ranking = rank(policy, lambda response: -worth(response))
     assert ranking.kendall_tau.mean == pytest.approx(-1.0)
+    assert ranking.correlation == pytest.approx(-1.0)
     assert ranking.regret.mean > ranking.random_regret.mean
 
 
 def test_a_q_that_does_not_see_the_response_ranks_nothing(policy: Policy) -> None:
-    assert rank(policy, lambda _: 0.7).kendall_tau.mean == 0.0
+    blind = rank(policy, lambda _: 0.7)
+    assert blind.kendall_tau.mean == 0.0
+    assert blind.correlation == pytest.approx(0.0, abs=1e-9)
+
+
+def test_what_differs_between_states_is_no_ranking(policy: Policy) -> None:
+    """A Q that knows each state's mean to the last digit and its responses not at all correlates with nothing here,
+    and one that ranks within states is not made worse by offsets of whole states."""
+
+    class ByState(FakeQ):
+        def values(self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], **_: Any) -> torch.Tensor:
+            return super().values(prompts, responses, tokens_per_batch=512) + 100.0 * len(prompts[0])
+
+    sizes = {"num_states": 5, "num_responses": 6, "num_rollouts": 4, "lockstep": 7, "seed": 1, "max_turns": 3}
+    ranking = rank_within_states(
+        policy, ByState(policy, worth), Game, tokens_per_batch=512, progress=lambda *_: None, **sizes
+    )
+    assert ranking.correlation == pytest.approx(1.0, abs=1e-4)
 
 
 def test_the_same_seed_gives_the_same_ranking_whatever_the_lockstep(policy: Policy) -> None:

@@ -132,7 +132,8 @@ def improve(
         if update == config.num_updates:
             break
         if config.adaptive_kl and update > 0:
-            pace = config.kl_target * update / config.num_updates
+            # A steady drift of the parameters: the KL grows with the square of the way.
+            pace = config.kl_target * (update / config.num_updates) ** 2
             learner.kl_coefficient = losses.adapted_kl_coefficient(learner.kl_coefficient, rollout.kl, kl_target=pace)
         updates.append(learner.update(rollout, update, generator))
         if on_update:
