@@ -16,13 +16,14 @@ from iterative_ppo.conversations import Conversation, Message, chat_messages
 from iterative_ppo.cross_validation import cross_validate, group_names
 from iterative_ppo.environments import TextEnvironment, make_environment
 from iterative_ppo.environments.rollout import RolloutStatistics, collect
+from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, resolve_device
 from iterative_ppo.intervals import mean_interval
 from iterative_ppo.policy import Policy
 from iterative_ppo.policy_iteration import IterationRecord, iterate
 from iterative_ppo.q_function import QFunction
 from iterative_ppo.ranking import rank_within_states
 from iterative_ppo.run_directory import RunDirectory, to_json, write_json
-from iterative_ppo.stages import Stages, fit_q_from_logs, gate, improve_from_logs, resolve_device, total_reward
+from iterative_ppo.stages import Stages, gate, total_reward
 from iterative_ppo.step import Step, copy_log, keep_arguments
 from iterative_ppo.supervised import Progress
 

@@ -12,11 +12,11 @@ from iterative_ppo.config import ConfigError
 from iterative_ppo.conversation_log import BadLines, read_conversations, write_conversations
 from iterative_ppo.conversations import Conversation, split_by_group
 from iterative_ppo.cross_validation import cross_validate, group_names
+from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, resolve_device, start_policy
 from iterative_ppo.intervals import clustered_interval
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_function import QFunction
 from iterative_ppo.run_directory import RunDirectory, Stage, to_json, write_json
-from iterative_ppo.stages import fit_q_from_logs, improve_from_logs, resolve_device, start_policy
 from iterative_ppo.supervised import Progress
 from iterative_ppo.turns_to_tokens import TokenizedTurns, tokenize
 

@@ -43,10 +43,11 @@ LAYERS: list[dict[str, str]] = [
         "turns_to_tokens": "",
         "run_directory": "",
         "pretraining": "",
-        "stages": "pretraining run_directory turns_to_tokens",
+        "from_logs": "pretraining run_directory turns_to_tokens",
+        "stages": "from_logs run_directory",
         "policy_iteration": "run_directory stages",
-        "cross_validation": "stages turns_to_tokens",
-        "step": "cross_validation run_directory stages turns_to_tokens",
+        "cross_validation": "from_logs turns_to_tokens",
+        "step": "cross_validation from_logs run_directory turns_to_tokens",
         "ranking": "",
         "report": "policy_iteration ranking",
         "tables": "",
@@ -245,4 +246,4 @@ def test_a_road_through_others_is_found():
     assert list(direct_violations(hidden)) == ["policy imports conversations"]
     assert list(direct_violations(graph("losses -> config"))) == ["losses imports config"]
     assert list(transitive_violations(graph("q_fit -> stages"))) == ["iterative_ppo.q_fit -> iterative_ppo.stages"]
-    assert list(direct_violations(graph("stages -> improvement", "stages -> turns_to_tokens"))) == []
+    assert list(direct_violations(graph("from_logs -> improvement", "from_logs -> turns_to_tokens"))) == []

@@ -1,0 +1,301 @@
+"""One iteration's work on conversations that are in memory: a start policy, a fitted Q, an improved policy.
+
+Stages on folders (`stages`), single commands and the step from logs all call these.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from iterative_ppo.config import Config
+from iterative_ppo.conversation_log import read_conversations
+from iterative_ppo.conversations import (
+    Conversation,
+    chat_messages,
+    decision_points,
+    split_by_group,
+    turn_rewards,
+)
+from iterative_ppo.improvement import native
+from iterative_ppo.improvement.base import RewardFunction
+from iterative_ppo.policy import Policy
+from iterative_ppo.pretraining import clone_with_outcomes
+from iterative_ppo.q_fit import LabelledSequence, Predictions, fit_q_function, predict
+from iterative_ppo.q_function import QFunction, QFunctionCard, TokenValue
+from iterative_ppo.q_report import QReport, assess
+from iterative_ppo.rendering import TokenIds
+from iterative_ppo.run_directory import to_json, write_json
+from iterative_ppo.supervised import Progress
+from iterative_ppo.turns_to_tokens import (
+    all_prompts,
+    labelled_sequences,
+    response_sequences,
+    td_lambda_targets,
+    tokenize,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The start policy and, where it was trained with it, a first Q-function."""
+
+    policy: Policy
+    q_function: QFunction | None
+    metrics: dict[str, Any]
+
+    def save(self, folder: Path, config: Config) -> None:
+        """Writes `policy` and, where there is one, `q_function`."""
+        self.policy.save(folder / "policy")
+        if self.q_function is not None:
+            card = QFunctionCard(
+                link=config.q_function.link,
+                gamma=config.q_function.gamma,
+                target="monte_carlo",
+                policy="logs",
+                metrics={},
+            )
+            self.q_function.save(folder / "q_function", card, self.policy.tokenizer)
+
+
+def start_policy(config: Config, logs: Path | None, *, with_outcomes: bool, seed: int, progress: Progress) -> Start:
+    """The start policy, cloned from the logs where there are any.
+
+    Args:
+        with_outcomes: whether a model made from scratch may learn from the logs' outcomes too, if all are known.
+    """
+    device = resolve_device(config.compute.device)
+    conversations = list(read_conversations(logs)) if logs else []
+    is_new = config.policy.start == "tiny"
+    if is_new:
+        if not conversations:
+            raise ValueError('policy.logs: policy.start = "tiny" needs conversations to learn its language from')
+        texts = (message["content"] for c in conversations for message in chat_messages(c.messages))
+        policy = Policy.tiny(texts, config.policy, seed=seed, device=device)
+    else:
+        policy = Policy.load(config.policy.start, config.policy, device=device)
+    metrics: dict[str, Any] = {"num_parameters": policy.num_parameters}
+    if not conversations or config.policy.clone_passes == 0:
+        return Start(policy=policy, q_function=None, metrics=metrics)
+    if len({c.id for c in conversations if decision_points(c)}) < 2:
+        raise ValueError(f"{logs}: fewer than two conversations with an assistant turn: nothing to clone from")
+    metrics["num_conversations"] = len(conversations)
+    if is_new and with_outcomes and all(map(turn_rewards, conversations)):
+        labelled_sequences, _ = labelled(conversations, policy, gamma=config.q_function.gamma)
+        q_function, history = clone_with_outcomes(
+            policy,
+            labelled_sequences,
+            held_out=_tenth([sequence.group for sequence in labelled_sequences], seed),
+            config=config,
+            seed=seed,
+            progress=progress,
+        )
+        return Start(policy=policy, q_function=q_function, metrics=metrics | {"clone": to_json(history)})
+    sequences = [
+        (sequence, conversation.id)
+        for conversation in conversations
+        for sequence in response_sequences(tokenize(conversation, policy.renderer))
+    ]
+    history = policy.clone(
+        [sequence for sequence, _ in sequences],
+        held_out=_tenth([group for _, group in sequences], seed),
+        tokens_per_batch=config.compute.tokens_per_batch,
+        generator=np.random.default_rng(seed),
+        progress=progress,
+    )
+    return Start(policy=policy, q_function=None, metrics=metrics | {"clone": to_json(history)})
+
+
+def _tenth(groups: Sequence[str], seed: int) -> list[bool]:
+    held_out: list[bool] = split_by_group(groups, held_out_share=0.1, seed=seed).tolist()
+    return held_out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedQ:
+    """A Q-function with its held-out report."""
+
+    q_function: QFunction
+    policy: Policy
+    card: QFunctionCard
+    report: QReport
+    counts: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Writes the checkpoint and the report."""
+        self.q_function.save(folder / "q_function", self.card, self.policy.tokenizer)
+        write_json(folder / "report.json", self.report)
+
+    def metrics(self) -> dict[str, Any]:
+        """What the manifest and the tables show."""
+        return {**self.counts, **self.card.metrics, "warnings": list(self.report.warnings)}
+
+
+def fit_q_from_logs(
+    config: Config,
+    policy: Policy,
+    conversations: Sequence[Conversation],
+    *,
+    start: str | Path,
+    name: str,
+    seed: int,
+    progress: Progress,
+    groups: Sequence[str] | None = None,
+) -> FittedQ:
+    """Fits Q to labelled conversations and assesses it on those held out.
+
+    Args:
+        start: folder whose weights it starts from: a Q-function's, or a policy's.
+        name: what the checkpoint calls the policy that it evaluates.
+        groups: one a conversation; conversations of one group fall on one side of the split. Default: their ids.
+    """
+    q_config = config.q_function
+    sequences, counts = labelled(conversations, policy, gamma=q_config.gamma, groups=groups)
+    if len({sequence.group for sequence in sequences}) < 4:
+        raise ValueError("fewer than four conversations with a known outcome: no Q-function can be fitted")
+    if (Path(start) / "q_function.json").exists():
+        q_function = QFunction.load(start)
+    else:
+        q_function = QFunction.from_policy(
+            start, link=q_config.link, num_heads=q_config.num_heads, pad_id=policy.pad_id, seed=seed
+        )
+    q_function.to(policy.device)
+    held_out = split_by_group(
+        [sequence.group for sequence in sequences], held_out_share=q_config.held_out_share, seed=seed
+    )
+    train = [sequence for sequence, out in zip(sequences, held_out, strict=True) if not out]
+
+    def retarget(predictions: Predictions) -> list[tuple[float, ...]]:
+        return td_lambda_targets(train, predictions, gamma=q_config.gamma, lambda_=q_config.return_lambda)
+
+    history = fit_q_function(
+        q_function,
+        sequences,
+        held_out=held_out.tolist(),
+        config=q_config,
+        tokens_per_batch=config.compute.tokens_per_batch,
+        generator=np.random.default_rng(seed),
+        retarget=None if q_config.return_lambda == 1 else retarget,
+        progress=progress,
+    )
+    test = [sequence for sequence, out in zip(sequences, held_out, strict=True) if out]
+    tokens_per_batch = config.compute.tokens_per_batch
+    report = assess(
+        predict(q_function, test, tokens_per_batch=tokens_per_batch),
+        constant=_mean_return(train),
+        loss="cross_entropy" if q_config.loss == "binary_cross_entropy" else "squared_error",
+    )
+    card = QFunctionCard(
+        link=q_config.link,
+        gamma=q_config.gamma,
+        target="monte_carlo" if q_config.return_lambda == 1 else f"td_lambda {q_config.return_lambda:g}",
+        policy=name,
+        metrics=to_json(
+            {
+                "num_passes": len(history.train_losses),
+                "best_pass": history.best_pass,
+                "held_out_losses": history.held_out_losses,
+                "loss": report.loss,
+                "constant_loss": report.constant_loss,
+                "state_only_loss": report.state_only_loss,
+                "state_only_gain": report.state_only_gain,
+                report.measure: report.discrimination,
+                "ece": report.ece,
+            }
+        ),
+    )
+    return FittedQ(q_function=q_function, policy=policy, card=card, report=report, counts=counts)
+
+
+def labelled(
+    conversations: Sequence[Conversation], policy: Policy, *, gamma: float, groups: Sequence[str] | None = None
+) -> tuple[list[LabelledSequence], dict[str, Any]]:
+    """All labelled sequences of conversations, and counts of what was left out and why."""
+    sequences: list[LabelledSequence] = []
+    num_unlabelled = num_dropped = num_cut = 0
+    for i, conversation in enumerate(conversations):
+        turns = tokenize(conversation, policy.renderer)
+        num_dropped += turns.num_dropped_messages
+        num_cut += turns.num_cut_messages
+        group = groups[i] if groups is not None else f"{i}:{conversation.id}"
+        own = labelled_sequences(conversation, turns, gamma=gamma, index=i, group=group)
+        num_unlabelled += not own
+        sequences += own
+    counts = {
+        "num_conversations": len(conversations),
+        "num_unlabelled": num_unlabelled,
+        "num_dropped_messages": num_dropped,
+        "num_cut_messages": num_cut,
+    }
+    return sequences, counts
+
+
+def improve_from_logs(
+    config: Config,
+    policy: Policy,
+    q_function: QFunction,
+    conversations: Sequence[Conversation],
+    folder: Path,
+    *,
+    kl_target: float,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """One improvement step on the conversations' prompts; writes candidate and updates into the folder."""
+    tokens_per_batch = config.compute.tokens_per_batch
+    prompts = all_prompts(tokenize(conversation, policy.renderer) for conversation in conversations)
+    if not prompts:
+        raise ValueError("the conversations hold no assistant turn: there is no prompt to improve on")
+    improvement = native.improve(
+        policy,
+        prompts,
+        q_reward(q_function, pessimism=config.q_function.pessimism, tokens_per_batch=tokens_per_batch),
+        dataclasses.replace(config.improvement, kl_target=kl_target),
+        token_value=TokenValue(q_function),
+        generator=np.random.default_rng(seed),
+        tokens_per_batch=tokens_per_batch,
+        progress=progress,
+    )
+    improvement.candidate.save(folder / "policy")
+    write_json(folder / "updates.json", improvement.updates)
+    first, last = improvement.updates[0], improvement.updates[-1]
+    return {
+        "num_prompts": len(prompts),
+        "num_updates": len(improvement.updates),
+        "stop_reason": improvement.stop_reason,
+        "kl": improvement.kl,
+        "kl_target": kl_target,
+        "reward_first": first.reward_mean,
+        "reward_last": last.reward_mean,
+        "entropy_first": first.entropy,
+        "entropy_last": last.entropy,
+    }
+
+
+def q_reward(q_function: QFunction, *, pessimism: float, tokens_per_batch: int) -> RewardFunction:
+    """Q as the reward function of the single-turn problem."""
+
+    def reward(prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> torch.Tensor:
+        return q_function.pessimistic_values(prompts, responses, pessimism=pessimism, tokens_per_batch=tokens_per_batch)
+
+    return reward
+
+
+def resolve_device(device: str) -> str:
+    """`auto` as a device name; ValueError where the device does not exist."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"compute.device: {device!r} is not there: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _mean_return(sequences: Sequence[LabelledSequence]) -> float:
+    targets = [t for s in sequences for t, (start, end) in zip(s.returns, s.spans, strict=True) if end > start]
+    return float(np.mean(targets))
