@@ -216,7 +216,7 @@ class ConversationCache:
 
 
 def _invert_cumulative(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The token at which each row's cumulative distribution passes its uniform number, in float64."""
-    cumulative_BV = logits_BV.double().softmax(-1).cumsum(-1)
+    """The token at which each row's cumulative distribution, added up in float64, passes its uniform number."""
+    cumulative_BV = logits_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
     threshold_B1 = uniform_B.double()[:, None] * cumulative_BV[:, -1:]
     return torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1).clamp(max=logits_BV.shape[1] - 1)

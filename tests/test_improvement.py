@@ -225,8 +225,7 @@ def test_the_policy_handed_in_is_the_anchor_and_is_not_changed(algorithm: str):
 
 @pytest.mark.parametrize(("algorithm", "num_samples"), [("ppo", 1), ("grpo", 3)])
 def test_the_prompts_given_are_answered_equally_often(algorithm: str, num_samples: int):
-    """Six prompts, four an update, six batches (five updates and the last look at the KL): each four times, and the
-    copies of a prompt are neighbours."""
+    """Six prompts, four an update, six updates: each four times, and the copies of a prompt are neighbours."""
     asked: list[TokenIds] = []
 
     def reward(prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> Tensor:
@@ -237,7 +236,7 @@ def test_the_prompts_given_are_answered_equally_often(algorithm: str, num_sample
         assert all(response[-1] == tiny.END for response in responses), "scored as it would be sent"
         return says_a(prompts, responses)
 
-    config = config_of(algorithm, prompts_per_update=4, num_samples=num_samples, num_updates=5)
+    config = config_of(algorithm, prompts_per_update=4, num_samples=num_samples, num_updates=6)
     run(tiny.letter_policy(), config, prompts=PROMPTS[:6], reward=reward)
     assert collections.Counter(asked) == dict.fromkeys(PROMPTS[:6], 4 * num_samples)
 

@@ -105,44 +105,50 @@ def improve(
     learner = _Learner(candidate, token_value, config, tokens_per_batch=tokens_per_batch)
     batches = _prompt_batches(prompts, config, generator)
 
-    def fresh_kl(num_responses: int) -> float:
-        """Of the candidate as it is, on responses that decide nothing else."""
-        fresh: list[TokenIds] = []
-        while len(fresh) < num_responses:
-            fresh += next(batches)
-        return sample_responses(candidate, policy, fresh, generator=generator, tokens_per_batch=tokens_per_batch).kl
+    def fresh(num_responses: int) -> Responses:
+        """Responses of the candidate as it is, that decide no gradient."""
+        asked: list[TokenIds] = []
+        while len(asked) < num_responses:
+            asked += next(batches)
+        return sample_responses(candidate, policy, asked, generator=generator, tokens_per_batch=tokens_per_batch)
 
     good_weights = copy.deepcopy(candidate.model.state_dict())
     updates: list[UpdateMetrics] = []
-    stop_reason = "updates"
-    for update in range(config.num_updates + 1):
-        rollout = sample_rollout(
-            candidate, policy, next(batches), reward, generator=generator, tokens_per_batch=tokens_per_batch
-        )
-        problem = _collapse(rollout, updates, config)
-        if problem:
+    stop_reason = ""
+    while not stop_reason:
+        is_last = len(updates) == config.num_updates
+        if is_last:
+            responses = fresh(_NUM_RESPONSES_FOR_KL)
+        else:
+            responses = rollout = sample_rollout(
+                candidate, policy, next(batches), reward, generator=generator, tokens_per_batch=tokens_per_batch
+            )
+        if problem := _collapse(responses, updates, config):
             stop_reason = f"collapse: {problem}"
             candidate.model.load_state_dict(good_weights)
-            break
-        if rollout.kl > config.kl_target:
+        elif responses.kl > config.kl_target:
             stop_reason = "kl_target"
-            _step_back(candidate, good_weights, lambda: fresh_kl(1) <= config.kl_target)
-            break
-        good_weights = copy.deepcopy(candidate.model.state_dict())
-        if update == config.num_updates:
-            break
-        if config.adaptive_kl and update > 0:
-            # A steady drift of the parameters: the KL grows with the square of the way.
-            pace = config.kl_target * (update / config.num_updates) ** 2
-            learner.kl_coefficient = losses.adapted_kl_coefficient(learner.kl_coefficient, rollout.kl, kl_target=pace)
-        updates.append(learner.update(rollout, update, generator))
-        if on_update:
-            on_update(updates[-1], candidate)
-        progress(f"improve (reward {updates[-1].reward_mean:.3f}, KL {rollout.kl:.3f})", update + 1, config.num_updates)
+            _step_back(candidate, good_weights, lambda: fresh(1).kl <= config.kl_target)
+        elif is_last:
+            stop_reason = "updates"
+        else:
+            good_weights = copy.deepcopy(candidate.model.state_dict())
+            if config.adaptive_kl and updates:
+                # A steady drift of the parameters: the KL grows with the square of the way.
+                pace = config.kl_target * (len(updates) / config.num_updates) ** 2
+                learner.kl_coefficient = losses.adapted_kl_coefficient(
+                    learner.kl_coefficient, rollout.kl, kl_target=pace
+                )
+            updates.append(learner.update(rollout, len(updates), generator))
+            if on_update:
+                on_update(updates[-1], candidate)
+            progress(
+                f"improve (reward {updates[-1].reward_mean:.3f}, KL {rollout.kl:.3f})", len(updates), config.num_updates
+            )
     progress("improve", config.num_updates, config.num_updates)
     candidate.model.eval().requires_grad_(True)
-    # The KL by which a policy was kept is too low on average.
-    kl = fresh_kl(_NUM_RESPONSES_FOR_KL) if updates else 0.0
+    # Where a measurement decided what is kept, it is too low on average: measured once more.
+    kl = responses.kl if stop_reason == "updates" else fresh(_NUM_RESPONSES_FOR_KL).kl
     return Improvement(candidate=candidate, updates=tuple(updates), kl=kl, stop_reason=stop_reason)
 
 
@@ -178,13 +184,16 @@ def sample_rollout(
     sampled = sample_responses(policy, anchor, prompts, generator=generator, tokens_per_batch=tokens_per_batch)
     end_id = policy.renderer.end_id
     ended = [tokens if tokens[-1] == end_id else (*tokens, end_id) for tokens in sampled.responses]
+    reward_B = reward(prompts, ended).float().to(policy.device)
+    if not torch.isfinite(reward_B).all():
+        raise ValueError("the reward function returned a value that is not finite")
     return Rollout(
         prompts=sampled.prompts,
         responses=sampled.responses,
         mask_BT=sampled.mask_BT,
         old_logprob_BT=sampled.old_logprob_BT,
         anchor_logprob_BT=sampled.anchor_logprob_BT,
-        reward_B=reward(prompts, ended).float().to(policy.device),
+        reward_B=reward_B,
     )
 
 
@@ -393,15 +402,13 @@ def _minibatches(
         yield order[start : start + size]
 
 
-def _collapse(rollout: Rollout, updates: Sequence[UpdateMetrics], config: ImprovementConfig) -> str:
+def _collapse(responses: Responses, updates: Sequence[UpdateMetrics], config: ImprovementConfig) -> str:
     """What has gone wrong with the policy, in words; empty when nothing has."""
-    if not torch.isfinite(rollout.reward_B).all():
-        raise ValueError("the reward function returned a value that is not finite")
-    if not math.isfinite(rollout.kl) or not torch.isfinite(rollout.old_logprob_BT[rollout.mask_BT]).all():
+    if not math.isfinite(responses.kl) or not torch.isfinite(responses.old_logprob_BT[responses.mask_BT]).all():
         return "log-probabilities are not finite; lower improvement.learning_rate"
-    if rollout.kl > _RUNAWAY_KL_FACTOR * config.kl_target:
+    if responses.kl > _RUNAWAY_KL_FACTOR * config.kl_target:
         return (
-            f"KL to the anchor jumped to {rollout.kl:.2f} nats a response in one update, "
+            f"KL to the anchor jumped to {responses.kl:.2f} nats a response in one update, "
             f"{_RUNAWAY_KL_FACTOR:g} times the budget; lower improvement.learning_rate"
         )
     if not updates:
@@ -409,7 +416,7 @@ def _collapse(rollout: Rollout, updates: Sequence[UpdateMetrics], config: Improv
     first, last = updates[0], updates[-1]
     if last.entropy < _COLLAPSED_ENTROPY_SHARE * first.entropy:
         return f"entropy fell from {first.entropy:.3f} to {last.entropy:.3f} nats a token; lower improvement.kl_target"
-    length = float(rollout.mask_BT.sum()) / len(rollout.responses)
+    length = float(responses.mask_BT.sum()) / len(responses.responses)
     if length < _COLLAPSED_LENGTH_SHARE * first.response_tokens:
         return f"responses shrank from {first.response_tokens:.1f} to {length:.1f} tokens; lower improvement.kl_target"
     return ""
