@@ -386,17 +386,21 @@ def _prompt_batches(
     size = min(config.prompts_per_update, len(prompts))
     while True:
         while len(queue) < size:
-            queue += [row for group in generator.permutation(len(groups)).tolist() for row in groups[group]]
+            queue += _shuffled(groups, generator)
         yield [prompts[row] for row in queue[:size] for _ in range(config.num_samples)]
         queue = queue[size:]
+
+
+def _shuffled(groups: Sequence[Sequence[int]], generator: np.random.Generator) -> list[int]:
+    """All rows, group after group, the groups in a random order."""
+    return [row for group in generator.permutation(len(groups)).tolist() for row in groups[group]]
 
 
 def _minibatches(
     prompts: Sequence[TokenIds], num_minibatches: int, generator: np.random.Generator
 ) -> Iterator[list[int]]:
     """The rows in a random order, in parts of equal size; rows whose prompts share a prefix stay together."""
-    groups = families(prompts)
-    order = [row for group in generator.permutation(len(groups)).tolist() for row in groups[group]]
+    order = _shuffled(families(prompts), generator)
     size = math.ceil(len(order) / num_minibatches)
     for start in range(0, len(order), size):
         yield order[start : start + size]
