@@ -19,6 +19,7 @@ from iterative_ppo.losses import token_logprobs
 from iterative_ppo.rendering import TokenIds, common_prefix_length
 
 _CACHE_CHUNK_SLOTS = 64
+_SMALLEST_SHRINKING_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,8 @@ class _GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def replace(self, keys: Tensor, values: Tensor) -> None:
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
         self.keys, self.values, self._buffers = keys, values, None
 
 
@@ -112,12 +115,30 @@ class ConversationCache:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps the given rows, in that order (a row may be kept several times), and forgets the others."""
-        self._token_ids = [self._token_ids[row].copy() for row in rows]
-        self._slots = [self._slots[row].copy() for row in rows]
+        part = self._part(rows)
+        self._token_ids, self._slots, self._mask_BS, self._cache = (
+            part._token_ids,
+            part._slots,
+            part._mask_BS,
+            part._cache,
+        )
+
+    def _part(self, rows: Sequence[int]) -> "ConversationCache":
+        """A cache of its own with the given rows."""
+        part = ConversationCache(
+            self.model,
+            end_id=self.end_id,
+            temperature=self.temperature,
+            max_response_tokens=self.max_response_tokens,
+        )
+        part._token_ids = [self._token_ids[row].copy() for row in rows]
+        part._slots = [self._slots[row].copy() for row in rows]
         index = torch.tensor(rows, dtype=torch.long, device=self.model.device)
-        self._mask_BS = self._mask_BS[index]
-        for layer in self._layers():
-            layer.replace(layer.keys[index], layer.values[index])
+        part._mask_BS = self._mask_BS[index]
+        for layer, own in zip(self._cache.layers, part._cache.layers, strict=True):
+            if layer.is_initialized:
+                own.replace(layer.keys[index], layer.values[index])
+        return part
 
     def _reset(self, num_rows: int) -> None:
         num_layers = self.model.config.get_text_config().num_hidden_layers
@@ -179,7 +200,20 @@ class ConversationCache:
         token_ids: list[list[int]] = [[] for _ in range(num_rows)]
         logprobs: list[list[float]] = [[] for _ in range(num_rows)]
         step: list[list[int]] = [[token] for token in last_tokens]
-        for t in range(self.max_response_tokens):
+        for t in range(uniforms_BT.shape[1]):
+            running = [row for row in range(num_rows) if step[row]]
+            if not running:
+                break
+            if 2 * len(running) <= num_rows and num_rows >= _SMALLEST_SHRINKING_BATCH:
+                # Most have finished: the others go on by themselves. What they still say is encoded again with the
+                # next prompt.
+                rest = self._part(running)
+                said = rest._decode([step[row][0] for row in running], uniforms_BT[running, t:])
+                self.num_encoded_tokens += rest.num_encoded_tokens
+                for row, tokens, values in zip(running, said.token_ids, said.token_logprobs, strict=True):
+                    token_ids[row] += tokens
+                    logprobs[row] += values
+                break
             logits_BV = self._append(step, 1).float() / self.temperature
             uniform_B = torch.from_numpy(np.ascontiguousarray(uniforms_BT[:, t])).to(logits_BV.device)
             token_B = _invert_cumulative(logits_BV, uniform_B)
@@ -189,8 +223,6 @@ class ConversationCache:
                     token_ids[row].append(token)
                     logprobs[row].append(logprob_B[row])
                     step[row] = [] if token == self.end_id else [token]
-            if not any(step):
-                break
         return SampledResponses(token_ids=tuple(map(tuple, token_ids)), token_logprobs=tuple(map(tuple, logprobs)))
 
     def _compact(self, *, always: bool) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import gymnasium
 import numpy as np
@@ -31,6 +31,14 @@ _Drawn = TypeVar("_Drawn", Customer, Reply)
 PRINTABLE = frozenset(chr(code) for code in range(32, 127))
 
 
+class _Exchange(NamedTuple):
+    """A message of the seller and its answer, e.g. `_Exchange(Progress(), Meaning(Act.ASK_NEED), Reply(Says.NEEDS, "trail"))`."""
+
+    before: Progress
+    meaning: Meaning
+    reply: Reply
+
+
 class Storefront(gymnasium.Env[str, str]):
     """Sell a shoe in a text conversation; the reward is 1 when the customer buys, and 0 before.
 
@@ -52,7 +60,8 @@ class Storefront(gymnasium.Env[str, str]):
         self.action_space = Text(MAX_SELLER_CHARACTERS, min_length=0, charset=PRINTABLE)
         self.observation_space = Text(120, charset=PRINTABLE)
         self._customer: Customer | None = None
-        self._belief: Belief = ()
+        self._weighed: Belief = ()
+        self._unweighed: tuple[_Exchange, ...] = ()
         self._progress = Progress()
         self._on_table: Meaning | None = None
 
@@ -61,7 +70,7 @@ class Storefront(gymnasium.Env[str, str]):
         super().reset(seed=seed, options=options)
         self._customer = _draw(customer_probabilities(), self.np_random)
         opening = _draw(opening_probabilities(self._customer), self.np_random)
-        self._belief = openings()[opening].belief
+        self._weighed, self._unweighed = openings()[opening].belief, ()
         self._progress = Progress()
         self._on_table = None
         return reply_text(opening, self.np_random), {"system": SYSTEM}
@@ -76,7 +85,7 @@ class Storefront(gymnasium.Env[str, str]):
             raise ResetNeeded("the conversation has not begun or is over: call reset() first")
         meaning = read_seller(action, self._on_table)
         reply = _draw(reply_probabilities(self._customer, self._progress, meaning), self.np_random)
-        self._belief = replies(self._belief, self._progress, meaning)[reply].belief
+        self._unweighed += (_Exchange(self._progress, meaning, reply),)
         self._progress = advance(self._progress, reply)
         if meaning.act == Act.RECOMMEND:
             self._on_table = meaning
@@ -102,7 +111,7 @@ class Storefront(gymnasium.Env[str, str]):
         other = copy.copy(self)
         other.np_random = generator
         if self._customer is not None:
-            other._customer = _draw(dict(self._belief), generator)
+            other._customer = _draw(dict(self._belief()), generator)
         return other
 
     def optimum(self) -> float:
@@ -119,13 +128,20 @@ class Storefront(gymnasium.Env[str, str]):
 
     def value(self, seller: Seller = Seller.OPTIMAL) -> float:
         """How probably a seller who goes on from here sells: 0 after the end, since what is sold is paid."""
-        return 0.0 if self._customer is None else self._values.value(seller, self._belief, self._progress)
+        return 0.0 if self._customer is None else self._values.value(seller, self._belief(), self._progress)
 
     def best_meaning(self, seller: Seller = Seller.OPTIMAL) -> Meaning:
         """What the optimal or the greedy seller says now; `storefront_language.say` puts it into words."""
         if self._customer is None:
             raise ResetNeeded("the conversation has not begun or is over: call reset() first")
-        return self._values.best_meaning(seller, self._belief, self._progress)
+        return self._values.best_meaning(seller, self._belief(), self._progress)
+
+    def _belief(self) -> Belief:
+        """The customers that are possible given all that was said; weighed when asked for, since playing needs it not."""
+        for exchange in self._unweighed:
+            self._weighed = replies(self._weighed, exchange.before, exchange.meaning)[exchange.reply].belief
+        self._unweighed = ()
+        return self._weighed
 
     @property
     def _values(self) -> Values:

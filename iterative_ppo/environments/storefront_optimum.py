@@ -63,7 +63,8 @@ def update(
     return branches
 
 
-def openings() -> dict[Reply, Branch]:
+@cache
+def openings() -> Mapping[Reply, Branch]:
     """Every opening message, with its probability and the belief after it."""
     return update(customer_probabilities(), opening_probabilities)
 

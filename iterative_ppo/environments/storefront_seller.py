@@ -70,9 +70,9 @@ HABITS: Mapping[str, Mapping[Act, float]] = {
         Act.RECOMMEND: 0.05,
         Act.REASSURE_DURABILITY: 0.05,
         Act.REASSURE_RETURNS: 0.05,
-        Act.OFFER_DISCOUNT: 0.13,
-        Act.COMPLIMENT: 0.05,
-        Act.CLOSE: 0.60,
+        Act.OFFER_DISCOUNT: 0.30,
+        Act.COMPLIMENT: 0.03,
+        Act.CLOSE: 0.45,
     },
 }
 """What it does with which probability, by situation."""
