@@ -27,7 +27,7 @@ from iterative_ppo.losses import token_logprobs
 from iterative_ppo.rendering import Renderer, TokenIds, TurnSequence
 from iterative_ppo.sampling import ConversationCache, SampledResponses
 from iterative_ppo.shared_prefix import families, run_trees, takes_trees, tree_batches
-from iterative_ppo.supervised import FitHistory, Progress, fit_passes, no_progress
+from iterative_ppo.supervised import FitHistory, Progress, fit_passes, hidden_matrices, no_progress
 
 TINY_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -235,9 +235,14 @@ class Policy:
         held_out: Sequence[bool],
         tokens_per_batch: int,
         generator: np.random.Generator,
+        from_scratch: bool = False,
         progress: Progress = no_progress,
     ) -> FitHistory:
-        """Fits the responses in sequences by maximum likelihood (behaviour cloning), stopping by held-out loss."""
+        """Fits the responses in sequences by maximum likelihood (behaviour cloning), stopping by held-out loss.
+
+        Args:
+            from_scratch: whether the model has random weights; their matrices are then fitted by Muon.
+        """
         rows = range(len(sequences))
         return fit_passes(
             self.model,
@@ -252,6 +257,7 @@ class Policy:
             generator=generator,
             what="clone the start policy",
             progress=progress,
+            matrices=hidden_matrices(self.model.base_model, self.model.get_input_embeddings()) if from_scratch else (),
         )
 
     @functools.cached_property

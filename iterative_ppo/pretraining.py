@@ -15,7 +15,7 @@ from iterative_ppo.losses import token_logprobs
 from iterative_ppo.policy import Policy, response_targets
 from iterative_ppo.q_fit import LabelledSequence, Regression
 from iterative_ppo.q_function import QFunction
-from iterative_ppo.supervised import FitHistory, Progress, fit_passes
+from iterative_ppo.supervised import FitHistory, Progress, fit_passes, hidden_matrices
 
 
 def clone_with_outcomes(
@@ -59,6 +59,7 @@ def clone_with_outcomes(
         generator=generator,
         what="clone the start policy",
         progress=progress,
+        matrices=hidden_matrices(policy.model.base_model, policy.model.get_input_embeddings()),
     )
     both.regression.finish()
     return q_function, history

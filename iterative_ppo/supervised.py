@@ -50,6 +50,7 @@ def fit_passes(
     what: str,
     progress: Progress = no_progress,
     before_pass: Callable[[int], None] | None = None,
+    matrices: Sequence[nn.Parameter] = (),
 ) -> FitHistory:
     """Minimises the mean loss over rows by AdamW with a cosine schedule, and keeps the best pass.
 
@@ -61,20 +62,20 @@ def fit_passes(
         train_rows: rows to train on; steps hold 1/64 of them, between 8 and 16 rows.
         held_out_rows: rows that decide when to stop; without any, all passes are made.
         before_pass: called before each pass with its number, from 1.
+        matrices: parameters that Muon fits instead; see `hidden_matrices`.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, fused=True)
+    optimizers = _optimizers(parameters, matrices, learning_rate)
     rows_per_step = int(np.clip(len(train_rows) // 64, 8, 16))
     steps_per_pass = math.ceil(len(train_rows) / rows_per_step)
     total_steps = max_passes * steps_per_pass
     warmup_steps = min(steps_per_pass // 2 + 1, 50)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            min(1.0, (step + 1) / warmup_steps)
-            * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / max(total_steps, 1))))
-        ),
-    )
+
+    def share_of_peak(step: int) -> float:
+        cosine = 0.5 * (1 + math.cos(math.pi * step / max(total_steps, 1)))
+        return min(1.0, (step + 1) / warmup_steps) * (0.05 + 0.95 * cosine)
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak) for optimizer in optimizers]
 
     def held_out_loss() -> float:
         return mean_loss(model, loss_sum_and_weight, lengths, held_out_rows, tokens_per_batch=tokens_per_batch)
@@ -102,9 +103,10 @@ def fit_passes(
                 )
             pass_loss, pass_weight = pass_loss + loss, pass_weight + weight
             nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad(set_to_none=True)
             progress(what, (pass_ - 1) * steps_per_pass + step + 1, total_steps)
         train_losses.append(pass_loss / max(pass_weight, 1e-12))
         if held_out_rows:
@@ -117,6 +119,30 @@ def fit_passes(
     model.load_state_dict(best_weights)
     model.eval()
     return FitHistory(train_losses=tuple(train_losses), held_out_losses=tuple(held_out_losses), best_pass=best_pass)
+
+
+def hidden_matrices(trunk: nn.Module, embedding: nn.Module) -> list[nn.Parameter]:
+    """The weight matrices of a trunk's layers: what Muon is for. Embeddings, heads and norms are left to AdamW.
+
+    A step of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) goes equally far in all directions of a
+    matrix. What a model made from scratch must learn first, to compare two words of a conversation, lies in directions
+    with small gradients: it appears after about half the passes.
+    """
+    embedded = {id(p) for p in embedding.parameters()}
+    return [p for p in trunk.parameters() if p.ndim == 2 and p.requires_grad and id(p) not in embedded]
+
+
+def _optimizers(
+    parameters: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter], learning_rate: float
+) -> list[torch.optim.Optimizer]:
+    by_muon = {id(p) for p in matrices}
+    others = [p for p in parameters if id(p) not in by_muon]
+    adamw = torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.01, fused=True)
+    if not by_muon:
+        return [adamw]
+    # Scaled to the size of AdamW's steps: one learning rate means the same to both.
+    muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [adamw, muon]
 
 
 def _steps(
