@@ -87,7 +87,7 @@ class PolicyConfig(_Section):
     """`tiny` (a small Llama made from scratch, its tokenizer trained on the logs), a hub id, or a folder of a causal language model with a chat template."""
     logs: str = ""
     """Conversations (JSON Lines) from which the start policy is cloned. Empty: the environment's own scripted seller writes them for `tiny`; a pretrained start is left as it is."""
-    scripted_conversations: Count = 8192
+    scripted_conversations: Count = 12288
     """How many conversations the scripted seller writes."""
     hidden_size: Count = 96
     """Width of the tiny model."""
@@ -104,12 +104,12 @@ class PolicyConfig(_Section):
     clone_passes: Annotated[int, _Range(0)] = 3
     """Most passes over the logs when the start policy is cloned; stops earlier when the held-out loss rises."""
     clone_learning_rate: Positive = 3e-3
-    """Peak learning rate of cloning (AdamW, cosine)."""
+    """Peak learning rate of cloning (AdamW, cosine; Muon for the matrices of a model made from scratch)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IterationsConfig(_Section):
-    count: Count = 8
+    count: Count = 7
     """Rounds of collect, fit, improve, evaluate, promote or hold."""
     conversations: Count = 2048
     """Conversations collected in each iteration, beside those of the gate."""
@@ -133,8 +133,10 @@ class QFunctionConfig(_Section):
     """The reward of a response is the ensemble's mean minus this many standard deviations."""
     learning_rate: Positive = 1e-3
     """Peak learning rate of the fit (AdamW, cosine)."""
-    max_passes: Count = 2
-    """Most passes over the conversations."""
+    max_passes: Count = 8
+    """Most passes over the conversations when Q starts from a policy's weights."""
+    refit_passes: Count = 1
+    """Most passes when Q starts from the previous iteration's Q-function, which has to follow one step of the policy only."""
     patience_passes: Count = 2
     """Passes without a better held-out loss after which the fit stops; the best pass is kept."""
     held_out_share: Annotated[float, _Range(0.01, 0.9)] = 0.15
@@ -147,7 +149,7 @@ class ImprovementConfig(_Section):
     """Who does the single-turn improvement step."""
     algorithm: Literal["ppo", "grpo", "rloo"] = "ppo"
     """`ppo` has a token-level value baseline; `grpo` and `rloo` compare `num_samples` responses to the same prompt."""
-    num_updates: Count = 5
+    num_updates: Count = 6
     """Batches of fresh responses, at most; the step ends earlier when the KL budget is spent."""
     prompts_per_update: Count = 512
     """Logged prompts answered in each update."""

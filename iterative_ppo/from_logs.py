@@ -3,7 +3,6 @@
 Stages on folders (`stages`), single commands and the step from logs all call these.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +104,7 @@ def start_policy(config: Config, logs: Path | None, *, with_outcomes: bool, seed
         held_out=_tenth([group for _, group in sequences], seed),
         tokens_per_batch=config.compute.tokens_per_batch,
         generator=np.random.default_rng(seed),
+        from_scratch=is_new,
         progress=progress,
     )
     return Start(policy=policy, q_function=None, metrics=metrics | {"clone": to_json(history)})
@@ -157,7 +157,8 @@ def fit_q_from_logs(
     sequences, counts = labelled(conversations, policy, gamma=q_config.gamma, groups=groups)
     if len({sequence.group for sequence in sequences}) < 4:
         raise ValueError("fewer than four conversations with a known outcome: no Q-function can be fitted")
-    if (Path(start) / "q_function.json").exists():
+    is_refit = (Path(start) / "q_function.json").exists()
+    if is_refit:
         q_function = QFunction.load(start)
     else:
         q_function = QFunction.from_policy(
@@ -177,6 +178,7 @@ def fit_q_from_logs(
         sequences,
         held_out=held_out.tolist(),
         config=q_config,
+        is_refit=is_refit,
         tokens_per_batch=config.compute.tokens_per_batch,
         generator=np.random.default_rng(seed),
         retarget=None if q_config.return_lambda == 1 else retarget,
@@ -241,7 +243,6 @@ def improve_from_logs(
     conversations: Sequence[Conversation],
     folder: Path,
     *,
-    kl_target: float,
     seed: int,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -254,7 +255,7 @@ def improve_from_logs(
         policy,
         prompts,
         q_reward(q_function, pessimism=config.q_function.pessimism, tokens_per_batch=tokens_per_batch),
-        dataclasses.replace(config.improvement, kl_target=kl_target),
+        config.improvement,
         token_value=TokenValue(q_function),
         generator=np.random.default_rng(seed),
         tokens_per_batch=tokens_per_batch,
@@ -268,7 +269,7 @@ def improve_from_logs(
         "num_updates": len(improvement.updates),
         "stop_reason": improvement.stop_reason,
         "kl": improvement.kl,
-        "kl_target": kl_target,
+        "kl_target": config.improvement.kl_target,
         "reward_first": first.reward_mean,
         "reward_last": last.reward_mean,
         "entropy_first": first.entropy,

@@ -49,17 +49,16 @@ def iterate(stages: Stages, *, count: int) -> Iterator[IterationRecord]:
 
     q_function = policy  # what the next Q starts from
     batches: tuple[Stage, ...] = (evaluation,)
-    num_holds = 0
     for iteration in range(1, count + 1):
         batch = stages.collect(iteration, policy)
         batches = (*batches, batch)
         q_function = stages.fit(iteration, policy, batches, q_function)
-        candidate = stages.improve(iteration, policy, q_function, batches, num_holds)
+        candidate = stages.improve(iteration, policy, q_function, batches)
         evaluation = stages.evaluate(iteration, policy, candidate)
         if evaluation.metrics["decision"] == "promote":
-            policy, batches, num_holds = candidate, (evaluation,), 0
+            policy, batches = candidate, (evaluation,)
         else:
-            batches, num_holds = (*batches, evaluation), num_holds + 1
+            batches = (*batches, evaluation)
         num_conversations += batch.metrics["num_conversations"] + evaluation.metrics["num_conversations"]
         done = {"collect": batch, "fit": q_function, "improve": candidate, "evaluate": evaluation}
         yield _record(iteration, policy, num_conversations, done)

@@ -69,6 +69,7 @@ def fit_q_function(
     *,
     held_out: Sequence[bool],
     config: QFunctionConfig,
+    is_refit: bool = False,
     tokens_per_batch: int,
     generator: np.random.Generator,
     retarget: Callable[[Predictions], list[tuple[float, ...]]] | None = None,
@@ -83,8 +84,9 @@ def fit_q_function(
 
     Args:
         held_out: the sequences that decide when to stop, always by their returns as given.
+        is_refit: whether it has been fitted to an earlier policy's returns.
         retarget: makes new targets of the training sequences from Q's present predictions on them (TD(λ) returns);
-            asked before every pass but the first.
+            asked before every pass, but not before Q has been fitted once.
 
     Raises:
         ValueError: returns outside [0, 1] with the logistic link.
@@ -108,7 +110,7 @@ def fit_q_function(
             _read_out(regression.histogram, train, tokens_per_batch=tokens_per_batch)
 
     def before_pass(pass_: int) -> None:
-        if pass_ > 1 and retarget is not None:
+        if (pass_ > 1 or is_refit) and retarget is not None:
             read_out()
             new_targets = retarget(
                 predict(q_function, train, tokens_per_batch=tokens_per_batch, scale=regression.scale)
@@ -122,7 +124,7 @@ def fit_q_function(
         [len(sequence.token_ids) for sequence in sequences],
         train_rows=train_rows,
         held_out_rows=[row for row in rows if held_out[row]],
-        max_passes=config.max_passes,
+        max_passes=config.refit_passes if is_refit else config.max_passes,
         patience_passes=config.patience_passes,
         learning_rate=config.learning_rate,
         tokens_per_batch=tokens_per_batch,

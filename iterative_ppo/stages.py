@@ -132,9 +132,7 @@ class Stages:
         parents = {"policy": policy, **{f"batch_{i}": batch for i, batch in enumerate(batches)}}
         return self._stage(iteration, "fit", _FIT, parents | {"start": previous}, make)
 
-    def improve(
-        self, iteration: int, policy: Stage, q_function: Stage, batches: Sequence[Stage], num_holds: int
-    ) -> Stage:
+    def improve(self, iteration: int, policy: Stage, q_function: Stage, batches: Sequence[Stage]) -> Stage:
         """The single-turn step: token-level RL from the current policy on its own prompts, Q as the reward."""
 
         def make(folder: Path) -> dict[str, Any]:
@@ -144,7 +142,6 @@ class Stages:
                 QFunction.load(q_function.folder / "q_function", device=self.device),
                 _read_batches(batches),
                 folder,
-                kl_target=self.config.improvement.kl_target * 0.5**num_holds,
                 seed=self._seed(iteration, _IMPROVE),
                 progress=self.progress,
             )
