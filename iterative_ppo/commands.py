@@ -213,7 +213,6 @@ def run_improve(
         q_function,
         conversations,
         out,
-        kl_target=config.improvement.kl_target,
         seed=config.seed,
         progress=progress,
     )

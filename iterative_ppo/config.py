@@ -87,7 +87,7 @@ class PolicyConfig(_Section):
     """`tiny` (a small Llama made from scratch, its tokenizer trained on the logs), a hub id, or a folder of a causal language model with a chat template."""
     logs: str = ""
     """Conversations (JSON Lines) from which the start policy is cloned. Empty: the environment's own scripted seller writes them for `tiny`; a pretrained start is left as it is."""
-    scripted_conversations: Count = 12288
+    scripted_conversations: Count = 10240
     """How many conversations the scripted seller writes."""
     hidden_size: Count = 96
     """Width of the tiny model."""
@@ -103,13 +103,13 @@ class PolicyConfig(_Section):
     """Divides the logits. The policy *is* the resulting distribution: nothing else (top-k, top-p) changes it."""
     clone_passes: Annotated[int, _Range(0)] = 3
     """Most passes over the logs when the start policy is cloned; stops earlier when the held-out loss rises."""
-    clone_learning_rate: Positive = 3e-3
+    clone_learning_rate: Positive = 2e-3
     """Peak learning rate of cloning (AdamW, cosine; Muon for the matrices of a model made from scratch)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IterationsConfig(_Section):
-    count: Count = 7
+    count: Count = 8
     """Rounds of collect, fit, improve, evaluate, promote or hold."""
     conversations: Count = 2048
     """Conversations collected in each iteration, beside those of the gate."""

@@ -60,6 +60,8 @@ def clone_with_outcomes(
         what="clone the start policy",
         progress=progress,
         matrices=hidden_matrices(policy.model.base_model, policy.model.get_input_embeddings()),
+        # The number of steps, more than that of conversations, decides whether the trunk learns to compare words.
+        max_rows_per_step=8,
     )
     both.regression.finish()
     return q_function, history

@@ -136,7 +136,6 @@ class Step:
             self._q_function(stages["fit"]),
             [self.conversations[i] for i in self.halves[0]],
             folder,
-            kl_target=self.config.improvement.kl_target,
             seed=self._seed(_IMPROVE),
             progress=self.progress,
         )

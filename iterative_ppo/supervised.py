@@ -51,6 +51,7 @@ def fit_passes(
     progress: Progress = no_progress,
     before_pass: Callable[[int], None] | None = None,
     matrices: Sequence[nn.Parameter] = (),
+    max_rows_per_step: int = 16,
 ) -> FitHistory:
     """Minimises the mean loss over rows by AdamW with a cosine schedule, and keeps the best pass.
 
@@ -59,14 +60,14 @@ def fit_passes(
         loss_sum_and_weight: for a micro-batch of row indices, the summed loss and its weight. Sums of both are
             accumulated over an optimizer step, so the split into micro-batches changes nothing.
         lengths: tokens of each row.
-        train_rows: rows to train on; steps hold 1/64 of them, between 8 and 16 rows.
+        train_rows: rows to train on; steps hold 1/64 of them, between 8 and `max_rows_per_step` rows.
         held_out_rows: rows that decide when to stop; without any, all passes are made.
         before_pass: called before each pass with its number, from 1.
         matrices: parameters that Muon fits instead; see `hidden_matrices`.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = _optimizers(parameters, matrices, learning_rate)
-    rows_per_step = int(np.clip(len(train_rows) // 64, 8, 16))
+    rows_per_step = int(np.clip(len(train_rows) // 64, 8, max_rows_per_step))
     steps_per_pass = math.ceil(len(train_rows) / rows_per_step)
     total_steps = max_passes * steps_per_pass
     warmup_steps = min(steps_per_pass // 2 + 1, 50)

@@ -39,11 +39,9 @@ class Tape:
         data = "+".join(str(batch.folder) for batch in batches)
         return self._note(f"fit {policy.folder} on {data} from {previous.folder}", f"q{iteration}")
 
-    def improve(
-        self, iteration: int, policy: Stage, q_function: Stage, batches: Sequence[Stage], num_holds: int
-    ) -> Stage:
+    def improve(self, iteration: int, policy: Stage, q_function: Stage, batches: Sequence[Stage]) -> Stage:
         data = "+".join(str(batch.folder) for batch in batches)
-        what = f"improve {policy.folder} by {q_function.folder} on {data} after {num_holds} holds"
+        what = f"improve {policy.folder} by {q_function.folder} on {data}"
         return self._note(what, f"pi{iteration}", kl=0.1 * iteration)
 
     def evaluate(self, iteration: int, current: Stage, candidate: Stage | None) -> Stage:
@@ -72,11 +70,11 @@ def test_after_a_promotion_the_candidate_is_collected_from_and_old_batches_are_d
         "evaluate pi0",
         "collect pi0",
         "fit pi0 on test0+batch1 from pi0",
-        "improve pi0 by q1 on test0+batch1 after 0 holds",
+        "improve pi0 by q1 on test0+batch1",
         "evaluate pi1 against pi0",
         "collect pi1",
         "fit pi1 on test1+batch2 from q1",
-        "improve pi1 by q2 on test1+batch2 after 0 holds",
+        "improve pi1 by q2 on test1+batch2",
         "evaluate pi2 against pi1",
     ]
 
@@ -89,19 +87,19 @@ def test_after_a_hold_the_policy_stays_and_its_next_q_is_fitted_to_all_its_conve
         "evaluate pi0",
         "collect pi0",
         "fit pi0 on test0+batch1 from pi0",
-        "improve pi0 by q1 on test0+batch1 after 0 holds",
+        "improve pi0 by q1 on test0+batch1",
         "evaluate pi1 against pi0",
         "collect pi0",
         "fit pi0 on test0+batch1+test1+batch2 from q1",
-        "improve pi0 by q2 on test0+batch1+test1+batch2 after 1 holds",
+        "improve pi0 by q2 on test0+batch1+test1+batch2",
         "evaluate pi2 against pi0",
         "collect pi0",
         "fit pi0 on test0+batch1+test1+batch2+test2+batch3 from q2",
-        "improve pi0 by q3 on test0+batch1+test1+batch2+test2+batch3 after 2 holds",
+        "improve pi0 by q3 on test0+batch1+test1+batch2+test2+batch3",
         "evaluate pi3 against pi0",
         "collect pi3",
         "fit pi3 on test3+batch4 from q3",
-        "improve pi3 by q4 on test3+batch4 after 0 holds",
+        "improve pi3 by q4 on test3+batch4",
         "evaluate pi4 against pi3",
     ]
 
@@ -199,7 +197,7 @@ def test_the_gate_is_wrong_about_equal_policies_as_often_as_it_says() -> None:
 def real_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
     """Stages on a real run folder; no policy is loaded."""
     monkeypatch.setattr(Policy, "load", lambda *_, **__: None)
-    directory = RunDirectory(tmp_path / "run", config.from_dict({"improvement": {"kl_target": 0.4}}), resume=False)
+    directory = RunDirectory(tmp_path / "run", config.Config(), resume=False)
     return Stages(directory, lambda: None, lambda *_: None)
 
 
@@ -211,20 +209,6 @@ def finished(stages_: Stages, name: str, ids: Sequence[str]) -> Stage:
     conversations = [Conversation(id=i, messages=messages, outcome=1.0, end="terminated") for i in ids]
     write_conversations(folder / "log.jsonl", conversations)
     return Stage(folder=folder, metrics={"log": "log.jsonl"}, seconds=0.0)
-
-
-def test_every_hold_halves_the_kl_budget(real_stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(*_: object, kl_target: float, **__: object) -> dict[str, Any]:
-        return {"kl_target": kl_target}
-
-    monkeypatch.setattr(stages, "improve_from_logs", fake)
-    monkeypatch.setattr(stages.QFunction, "load", lambda *_, **__: None)
-    batch = finished(real_stages, "batch", ["a"])
-    budgets = [
-        real_stages.improve(iteration, batch, batch, [batch], num_holds).metrics["kl_target"]
-        for iteration, num_holds in enumerate([0, 1, 2, 0], start=1)
-    ]
-    assert budgets == [0.4, 0.2, 0.1, 0.4]
 
 
 def test_q_is_fitted_to_all_batches_and_starts_from_the_previous_q(

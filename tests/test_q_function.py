@@ -114,6 +114,7 @@ def fit(
     *,
     num_train: int,
     seed: int = 0,
+    is_refit: bool = False,
     retarget: Callable[[Predictions], list[tuple[float, ...]]] | None = None,
     **settings: object,
 ) -> FitHistory:
@@ -123,6 +124,7 @@ def fit(
         logs.sequences,
         held_out=[row >= num_train for row in range(len(logs.sequences))],
         config=QFunctionConfig(**({"max_passes": 12, "learning_rate": 3e-3, "link": q_function.link} | settings)),
+        is_refit=is_refit,
         tokens_per_batch=TOKENS,
         generator=np.random.default_rng(seed),
         retarget=retarget,
@@ -625,6 +627,11 @@ def test_new_targets_are_made_from_what_q_has_learnt_so_far(folders: dict[str, P
     correlation, bias = seen[-1]
     assert correlation > 0.5
     assert abs(bias) < 0.15
+    history = fit(
+        q_function, logs, num_train=300, is_refit=True, retarget=retarget, loss=loss, num_heads=1, refit_passes=2
+    )
+    assert len(history.train_losses) == 2
+    assert len(seen) == 9, "a Q that has been fitted before is asked before the first pass too"
 
 
 @pytest.mark.parametrize(
