@@ -92,6 +92,7 @@ class ConversationCache:
         self._token_ids: list[list[int]] = []
         self._slots: list[list[int]] = []
         self._mask_BS = torch.zeros((0, 0), dtype=torch.long)
+        self._cache = Cache(layers=[])
         self._reset(0)
 
     def sample(self, prompts: Sequence[TokenIds], uniforms_BT: np.ndarray) -> SampledResponses:
@@ -104,7 +105,7 @@ class ConversationCache:
         """
         self.encode(prompts)
         with torch.inference_mode():
-            return self._decode([prompt[-1] for prompt in prompts], uniforms_BT)
+            return self._decode([prompt[-1] for prompt in prompts], uniforms_BT[:, : self.max_response_tokens])
 
     def encode(self, prompts: Sequence[TokenIds]) -> None:
         """Encodes what the rows do not hold yet of their prompts, up to the last token."""
@@ -116,12 +117,8 @@ class ConversationCache:
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps the given rows, in that order (a row may be kept several times), and forgets the others."""
         part = self._part(rows)
-        self._token_ids, self._slots, self._mask_BS, self._cache = (
-            part._token_ids,
-            part._slots,
-            part._mask_BS,
-            part._cache,
-        )
+        self._token_ids, self._slots = part._token_ids, part._slots
+        self._mask_BS, self._cache = part._mask_BS, part._cache
 
     def _part(self, rows: Sequence[int]) -> "ConversationCache":
         """A cache of its own with the given rows."""

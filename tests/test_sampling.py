@@ -223,6 +223,36 @@ def test_the_same_uniform_numbers_give_the_same_tokens_in_any_batch():
     assert others.token_ids != together.token_ids
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_rows_that_go_on_alone_say_what_they_would_have_said(
+    model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+):
+    """Of 24 rows most end early; what the others say, in this turn and the next, is what each says by itself."""
+    num_parts: list[int] = []
+    part = ConversationCache._part
+
+    def counted(self: ConversationCache, rows: Sequence[int]) -> ConversationCache:
+        num_parts.append(len(rows))
+        return part(self, rows)
+
+    monkeypatch.setattr(ConversationCache, "_part", counted)
+    policy = tiny.letter_policy(model, max_response_tokens=24)
+    generator = np.random.default_rng(8)
+    first, second = words(generator, *[4] * 24), words(generator, *[3] * 24)
+    uniforms_BT = [uniforms(generator, 24, policy) for _ in range(2)]
+    cache = policy.conversation_cache()
+    one = cache.sample(first, uniforms_BT[0])
+    assert num_parts, "no batch was shrunk"
+    prompts = [p + r + q for p, r, q in zip(first, one.token_ids, second, strict=True)]
+    two = cache.sample(prompts, uniforms_BT[1])
+    for row in range(24):
+        alone = policy.conversation_cache()
+        for sampled, prompt, numbers in ((one, first[row], uniforms_BT[0]), (two, prompts[row], uniforms_BT[1])):
+            expected = alone.sample([prompt], numbers[row : row + 1])
+            assert sampled.token_ids[row] == expected.token_ids[0]
+            assert sampled.token_logprobs[row] == pytest.approx(expected.token_logprobs[0], abs=TOLERANCE)
+
+
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
 def test_frequencies_are_the_probabilities_of_the_tempered_softmax(temperature: float):
     """4,000 responses of one token to one prompt; the counts must pass a chi-square test against

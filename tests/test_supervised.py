@@ -12,12 +12,12 @@ SIZE = 16
 
 
 class Regression(nn.Module):
-    """y = W x, with inputs whose first coordinate is a hundred times the others: the gradient has one large direction."""
+    """y = W x + b, with inputs whose first coordinate is a hundred times the others: the gradient has one large direction."""
 
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.layer = nn.Linear(SIZE, SIZE, bias=False)
+        self.layer = nn.Linear(SIZE, SIZE)
         with torch.no_grad():
             self.layer.weight.zero_()
         self.x_BD = torch.randn(64, SIZE, generator=generator)
@@ -52,7 +52,7 @@ def test_muon_goes_equally_far_in_all_directions_of_a_matrix_and_as_far_as_adamw
     """8 rows give a gradient of rank 8. Muon brings its singular values close to each other (Newton-Schulz ends within
     .6 and 1.3 of their mean); in AdamW's step, the sign of the gradient, the largest stands out. Both move an entry
     by the learning rate times about .2 (Muon, scaled to what AdamW is seen to do) to 1."""
-    muon, adamw = torch.linalg.svdvals(first_step(by_muon=True))[:8], torch.linalg.svdvals(first_step(by_muon=False))[:8]
+    muon, adamw = (torch.linalg.svdvals(first_step(by_muon=by_muon))[:8] for by_muon in (True, False))
     assert muon.max() / muon.min() < 2.5
     assert adamw.max() / adamw.min() > 2.5
     for singular_values in (muon, adamw):
