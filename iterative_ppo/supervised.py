@@ -126,8 +126,8 @@ def hidden_matrices(trunk: nn.Module, embedding: nn.Module) -> list[nn.Parameter
     """The weight matrices of a trunk's layers: what Muon is for. Embeddings, heads and norms are left to AdamW.
 
     A step of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) goes equally far in all directions of a
-    matrix. What a model made from scratch must learn first, to compare two words of a conversation, lies in directions
-    with small gradients: it appears after about half the passes.
+    matrix, also where the gradient is small. A model made from scratch learns sooner to compare two words of a
+    conversation (docs/log.md).
     """
     embedded = {id(p) for p in embedding.parameters()}
     return [p for p in trunk.parameters() if p.ndim == 2 and p.requires_grad and id(p) not in embedded]
