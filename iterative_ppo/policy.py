@@ -257,7 +257,7 @@ class Policy:
             generator=generator,
             what="clone the start policy",
             progress=progress,
-            matrices=hidden_matrices(self.model.base_model, self.model.get_input_embeddings()) if from_scratch else (),
+            matrices=hidden_matrices(self.model) if from_scratch else (),
         )
 
     @functools.cached_property

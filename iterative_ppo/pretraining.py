@@ -59,7 +59,7 @@ def clone_with_outcomes(
         generator=generator,
         what="clone the start policy",
         progress=progress,
-        matrices=hidden_matrices(policy.model.base_model, policy.model.get_input_embeddings()),
+        matrices=hidden_matrices(policy.model),
         # The number of steps, more than that of conversations, decides whether the trunk learns to compare words.
         max_rows_per_step=8,
     )

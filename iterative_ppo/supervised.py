@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from iterative_ppo.batching import micro_batches
 
@@ -66,17 +67,16 @@ def fit_passes(
         matrices: parameters that Muon fits instead; see `hidden_matrices`.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizers = _optimizers(parameters, matrices, learning_rate)
     rows_per_step = int(np.clip(len(train_rows) // 64, 8, max_rows_per_step))
     steps_per_pass = math.ceil(len(train_rows) / rows_per_step)
     total_steps = max_passes * steps_per_pass
-    warmup_steps = min(steps_per_pass // 2 + 1, 50)
-
-    def share_of_peak(step: int) -> float:
-        cosine = 0.5 * (1 + math.cos(math.pi * step / max(total_steps, 1)))
-        return min(1.0, (step + 1) / warmup_steps) * (0.05 + 0.95 * cosine)
-
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak) for optimizer in optimizers]
+    optimizer = _ScheduledOptimizer(
+        parameters,
+        matrices,
+        learning_rate=learning_rate,
+        warmup_steps=min(steps_per_pass // 2 + 1, 50),
+        total_steps=total_steps,
+    )
 
     def held_out_loss() -> float:
         return mean_loss(model, loss_sum_and_weight, lengths, held_out_rows, tokens_per_batch=tokens_per_batch)
@@ -103,11 +103,7 @@ def fit_passes(
                     tokens_per_batch=tokens_per_batch,
                 )
             pass_loss, pass_weight = pass_loss + loss, pass_weight + weight
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            for optimizer, schedule in zip(optimizers, schedules, strict=True):
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad(set_to_none=True)
+            optimizer.step()
             progress(what, (pass_ - 1) * steps_per_pass + step + 1, total_steps)
         train_losses.append(pass_loss / max(pass_weight, 1e-12))
         if held_out_rows:
@@ -122,28 +118,53 @@ def fit_passes(
     return FitHistory(train_losses=tuple(train_losses), held_out_losses=tuple(held_out_losses), best_pass=best_pass)
 
 
-def hidden_matrices(trunk: nn.Module, embedding: nn.Module) -> list[nn.Parameter]:
-    """The weight matrices of a trunk's layers: what Muon is for. Embeddings, heads and norms are left to AdamW.
+def hidden_matrices(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The weight matrices of a model's layers: what Muon is for. Embeddings, heads and norms are left to AdamW.
 
     A step of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) goes equally far in all directions of a
     matrix, also where the gradient is small. A model made from scratch learns sooner to compare two words of a
     conversation (docs/log.md).
     """
-    embedded = {id(p) for p in embedding.parameters()}
-    return [p for p in trunk.parameters() if p.ndim == 2 and p.requires_grad and id(p) not in embedded]
+    embedded = {id(p) for p in model.get_input_embeddings().parameters()}
+    return [p for p in model.base_model.parameters() if p.ndim == 2 and p.requires_grad and id(p) not in embedded]
 
 
-def _optimizers(
-    parameters: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter], learning_rate: float
-) -> list[torch.optim.Optimizer]:
-    by_muon = {id(p) for p in matrices}
-    others = [p for p in parameters if id(p) not in by_muon]
-    adamw = torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.01, fused=True)
-    if not by_muon:
-        return [adamw]
-    # Scaled to the size of AdamW's steps: one learning rate means the same to both.
-    muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    return [adamw, muon]
+class _ScheduledOptimizer:
+    """AdamW, and Muon for the matrices, with clipped gradients, a warm-up and a cosine schedule."""
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        matrices: Sequence[nn.Parameter],
+        *,
+        learning_rate: float,
+        warmup_steps: int,
+        total_steps: int,
+    ) -> None:
+        def share_of_peak(step: int) -> float:
+            cosine = 0.5 * (1 + math.cos(math.pi * step / max(total_steps, 1)))
+            return min(1.0, (step + 1) / warmup_steps) * (0.05 + 0.95 * cosine)
+
+        by_muon = {id(p) for p in matrices}
+        others = [p for p in parameters if id(p) not in by_muon]
+        self.parameters = parameters
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.01, fused=True)
+        ]
+        if matrices:
+            # Scaled to the size of AdamW's steps: one learning rate means the same to both.
+            self.optimizers.append(
+                torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+            )
+        self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, share_of_peak) for o in self.optimizers]
+
+    def step(self) -> None:
+        """Takes a step along the gradients and forgets them."""
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
 
 
 def _steps(

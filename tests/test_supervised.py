@@ -62,7 +62,7 @@ def test_muon_goes_equally_far_in_all_directions_of_a_matrix_and_as_far_as_adamw
 def test_hidden_matrices_are_the_layers_weights_and_nothing_else():
     model = tiny.letter_policy().model
     named = {id(p): name for name, p in model.named_parameters()}
-    names = [named[id(p)] for p in hidden_matrices(model.base_model, model.get_input_embeddings())]
+    names = [named[id(p)] for p in hidden_matrices(model)]
     layers = [name for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
     assert names == layers
     assert len(names) == 7 * model.config.num_hidden_layers
