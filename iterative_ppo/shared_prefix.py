@@ -49,11 +49,22 @@ class TreeBatch:
 
     def before(self, x_BT: Tensor) -> Tensor:
         """What stands at the token before each response token [R, L], or [R, L, D] of x [B, T, D]."""
-        return x_BT[self.tree_R[:, None], self.before_RL]
+        return _at(x_BT, self.tree_R[:, None] * x_BT.shape[1] + self.before_RL)
 
     def end(self, x_BT: Tensor) -> Tensor:
         """What stands at each response's last token [R], or [R, D] of x [B, T, D]."""
-        return x_BT[self.tree_R, self.end_R]
+        return _at(x_BT, self.tree_R * x_BT.shape[1] + self.end_R)
+
+
+def _at(x_BT: Tensor, place: Tensor) -> Tensor:
+    """x [B, T] or [B, T, D] at places counted through both dimensions.
+
+    Looked up as in a table of embeddings: several rows read one place, and the gradients of that lookup are added up in
+    the same order each time, where those of an index are added by threads as they come.
+    """
+    if x_BT.dim() == 2:
+        return _at(x_BT[..., None], place).squeeze(-1)
+    return nn.functional.embedding(place.to(x_BT.device), x_BT.flatten(0, 1))
 
 
 def families(prompts: Sequence[TokenIds]) -> list[list[int]]:

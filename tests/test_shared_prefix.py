@@ -89,6 +89,22 @@ def test_an_empty_response_is_read_at_the_prompts_end():
     assert batch.mask_RL.sum() == 0
 
 
+def test_gradients_at_a_shared_prompt_are_added_up_in_the_same_order_each_time():
+    """120 responses to one prompt: their gradients meet at the prompt's last token. Threads that add to one place as they
+    come give other last digits each time."""
+    generator = torch.Generator().manual_seed(0)
+    [(_, batch)] = tree_batches([(1, 2)] * 120, [(3, 4)] * 120, tokens_per_batch=1000)
+    x_BTD = torch.randn(*batch.token_BT.shape, 256, generator=generator, requires_grad=True)
+    weight_RLD = torch.randn(*batch.before_RL.shape, 256, generator=generator)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        gradients = [torch.autograd.grad((batch.before(x_BTD) * weight_RLD).sum(), x_BTD)[0] for _ in range(50)]
+    finally:
+        torch.set_num_threads(num_threads)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
 token = st.integers(0, 2)
 row = st.tuples(st.lists(token, min_size=1, max_size=6), st.lists(token, max_size=4))
 
