@@ -94,7 +94,7 @@ def fit_q_function(
     rows = range(len(sequences))
     train_rows = [row for row in rows if not held_out[row]]
     train = [sequences[row] for row in train_rows]
-    if q_function.link == "identity" and config.loss == "squared_error":
+    if _has_units(q_function, config):
         # There is no bias in the heads: left to gradient steps, returns far from 0 would take passes to find.
         _ridge_heads(
             q_function,
@@ -111,7 +111,8 @@ def fit_q_function(
 
     def before_pass(pass_: int) -> None:
         if (pass_ > 1 or is_refit) and retarget is not None:
-            read_out()
+            if pass_ > 1:  # before that a histogram knows nothing, and the heads of a refit do
+                read_out()
             new_targets = retarget(
                 predict(q_function, train, tokens_per_batch=tokens_per_batch, scale=regression.scale)
             )
@@ -159,8 +160,7 @@ class Regression(nn.Module):
         self.q_function = q_function
         self.sequences = sequences
         self.targets = [sequence.returns for sequence in sequences]
-        has_units = q_function.link == "identity" and config.loss == "squared_error"
-        self.scale = max(float(returns.std()), _SMALLEST_SCALE) if has_units else 1.0
+        self.scale = max(float(returns.std()), _SMALLEST_SCALE) if _has_units(q_function, config) else 1.0
         with torch.no_grad():
             q_function.heads.div_(self.scale)
         self.histogram = _HistogramHeads(q_function, returns) if config.loss == "hl_gauss" else None
@@ -313,6 +313,11 @@ def _token_weights(
         if end > start:
             weight_T[end - 1] = 1.0
     return weight_T, target_T
+
+
+def _has_units(q_function: QFunction, config: QFunctionConfig) -> bool:
+    """Whether Q is fitted in units of the returns' deviation."""
+    return q_function.link == "identity" and config.loss == "squared_error"
 
 
 def _element_loss(

@@ -627,11 +627,21 @@ def test_new_targets_are_made_from_what_q_has_learnt_so_far(folders: dict[str, P
     correlation, bias = seen[-1]
     assert correlation > 0.5
     assert abs(bias) < 0.15
+    before = predict(q_function, logs.sequences, tokens_per_batch=TOKENS)
+    known = (
+        float(np.corrcoef(before.q_value, before.target)[0, 1]),
+        float(before.q_value.mean() - before.target.mean()),
+    )
     history = fit(
         q_function, logs, num_train=300, is_refit=True, retarget=retarget, loss=loss, num_heads=1, refit_passes=2
     )
     assert len(history.train_losses) == 2
     assert len(seen) == 9, "a Q that has been fitted before is asked before the first pass too"
+    correlation, bias = seen[7]
+    assert correlation > 0.5
+    assert abs(bias) < 0.15
+    if loss != "squared_error":  # whose heads a fit sets anew from the returns
+        assert seen[7] == pytest.approx(known), "and asked for what it knew before the refit"
 
 
 @pytest.mark.parametrize(
