@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from iterative_ppo.config import Config
+from iterative_ppo.config import Config, QFunctionConfig
 from iterative_ppo.conversation_log import read_conversations
 from iterative_ppo.conversations import (
     Conversation,
@@ -29,7 +29,7 @@ from iterative_ppo.q_function import QFunction, QFunctionCard, TokenValue
 from iterative_ppo.q_report import QReport, assess
 from iterative_ppo.rendering import TokenIds
 from iterative_ppo.run_directory import to_json, write_json
-from iterative_ppo.supervised import Progress
+from iterative_ppo.supervised import FitHistory, Progress
 from iterative_ppo.turns_to_tokens import (
     all_prompts,
     labelled_sequences,
@@ -191,10 +191,15 @@ def fit_q_from_logs(
         constant=_mean_return(train),
         loss="cross_entropy" if q_config.loss == "binary_cross_entropy" else "squared_error",
     )
-    card = QFunctionCard(
-        link=q_config.link,
-        gamma=q_config.gamma,
-        target="monte_carlo" if q_config.return_lambda == 1 else f"td_lambda {q_config.return_lambda:g}",
+    card = _card(q_config, history, report, name)
+    return FittedQ(q_function=q_function, policy=policy, card=card, report=report, counts=counts)
+
+
+def _card(config: QFunctionConfig, history: FitHistory, report: QReport, name: str) -> QFunctionCard:
+    return QFunctionCard(
+        link=config.link,
+        gamma=config.gamma,
+        target="monte_carlo" if config.return_lambda == 1 else f"td_lambda {config.return_lambda:g}",
         policy=name,
         metrics=to_json(
             {
@@ -210,7 +215,6 @@ def fit_q_from_logs(
             }
         ),
     )
-    return FittedQ(q_function=q_function, policy=policy, card=card, report=report, counts=counts)
 
 
 def labelled(

@@ -134,11 +134,7 @@ def improve(
         else:
             good_weights = copy.deepcopy(candidate.model.state_dict())
             if config.adaptive_kl and updates:
-                # A steady drift of the parameters: the KL grows with the square of the way.
-                pace = config.kl_target * (len(updates) / config.num_updates) ** 2
-                learner.kl_coefficient = losses.adapted_kl_coefficient(
-                    learner.kl_coefficient, rollout.kl, kl_target=pace
-                )
+                learner.adapt_kl_coefficient(rollout.kl, len(updates))
             updates.append(learner.update(rollout, len(updates), generator))
             if on_update:
                 on_update(updates[-1], candidate)
@@ -243,6 +239,11 @@ class _Learner:
                 self.value_optimizer = torch.optim.AdamW(
                     self.value_parameters, lr=config.token_value_learning_rate, weight_decay=0.0
                 )
+
+    def adapt_kl_coefficient(self, kl: float, num_updates: int) -> None:
+        """Brings the KL closer to that of a steady drift of the parameters: it grows with the square of the way."""
+        pace = self.config.kl_target * (num_updates / self.config.num_updates) ** 2
+        self.kl_coefficient = losses.adapted_kl_coefficient(self.kl_coefficient, kl, kl_target=pace)
 
     def update(self, rollout: Rollout, update: int, generator: np.random.Generator) -> UpdateMetrics:
         """Gradient passes over one rollout."""
