@@ -10,11 +10,16 @@ from torch import Tensor
 def micro_batches(lengths: Sequence[int], *, tokens_per_batch: int) -> list[list[int]]:
     """Splits rows into batches whose padded size stays within a number of tokens (a longer row goes alone).
 
-    Rows are sorted by length first, so that little is padded. Returns the row indices of each batch.
+    Rows are sorted by length first and share a batch with none less than half as long, so that little is padded.
+    Returns the row indices of each batch.
     """
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batches and lengths[row] * (len(batches[-1]) + 1) <= tokens_per_batch:
+        if (
+            batches
+            and lengths[row] * (len(batches[-1]) + 1) <= tokens_per_batch
+            and lengths[row] <= 2 * lengths[batches[-1][0]]
+        ):
             batches[-1].append(row)
         else:
             batches.append([row])

@@ -12,8 +12,6 @@ from transformers import PreTrainedModel
 
 from iterative_ppo.batching import micro_batches
 
-_STEPS_SORTED_TOGETHER = 4
-
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, how much of it is done, and out of how much."""
 
@@ -92,7 +90,11 @@ def fit_passes(
             before_pass(pass_)
         model.train()
         pass_loss, pass_weight = 0.0, 0.0
-        for step, rows in enumerate(_steps(train_rows, lengths, rows_per_step, generator)):
+        # At random, and not sorted by length: in many logs the length of a conversation tells its outcome, and a step of
+        # equally long ones would drive all predictions to theirs.
+        order = generator.permutation(np.asarray(train_rows)).tolist()
+        for step in range(steps_per_pass):
+            rows = order[step * rows_per_step : (step + 1) * rows_per_step]
             with torch.random.fork_rng(devices):
                 torch.manual_seed(int(dropout.integers(2**63)))
                 loss, weight = accumulate_gradient(
@@ -165,19 +167,6 @@ class _ScheduledOptimizer:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-
-
-def _steps(
-    rows: Sequence[int], lengths: Sequence[int], rows_per_step: int, generator: np.random.Generator
-) -> list[list[int]]:
-    """All rows in a random order, cut into steps; rows of similar length share a step, so that little is padded."""
-    order = generator.permutation(np.asarray(rows)).tolist()
-    window = _STEPS_SORTED_TOGETHER * rows_per_step
-    steps = []
-    for first in range(0, len(order), window):
-        by_length = sorted(order[first : first + window], key=lengths.__getitem__)
-        steps += [by_length[start : start + rows_per_step] for start in range(0, len(by_length), rows_per_step)]
-    return [steps[step] for step in generator.permutation(len(steps))]
 
 
 def accumulate_gradient(

@@ -11,7 +11,7 @@ from iterative_ppo.q_fit import LabelledSequence, predict
 from iterative_ppo.q_function import QFunction, QFunctionCard
 
 CONFIG = Config(
-    policy=PolicyConfig(clone_passes=6, clone_learning_rate=1e-2),
+    policy=PolicyConfig(clone_passes=6, clone_learning_rate=5e-3),
     q_function=QFunctionConfig(num_heads=2, next_message_weight=0.5),
 )
 CARD = QFunctionCard(link="logistic", gamma=1.0, target="monte_carlo", policy="logs", metrics={})
@@ -31,19 +31,19 @@ def fields(sequence: LabelledSequence) -> dict[str, object]:
 
 def test_policy_and_q_function_are_learnt_together(tmp_path):
     policy = tiny.letter_policy()
-    sequences = pleasing_sells(300)
-    held_out = [row >= 240 for row in range(300)]
+    sequences = pleasing_sells(600)
+    held_out = [row >= 540 for row in range(600)]
     q_function, history = clone_with_outcomes(
         policy, sequences, held_out=held_out, config=CONFIG, seed=0, progress=lambda *_: None
     )
     assert history.held_out_losses[history.best_pass] < history.held_out_losses[0] - 0.5
     assert q_function.model.base_model is policy.model.base_model
 
-    read = predict(q_function, sequences[240:], tokens_per_batch=1024)
+    read = predict(q_function, sequences[540:], tokens_per_batch=1024)
     assert ((read.q_value > 0.5) == (read.target > 0.5)).mean() > 0.9
 
-    prompts = [s.token_ids[: s.spans[0][0]] for s in sequences[240:]]
-    responses = [s.token_ids[s.spans[0][0] : s.spans[0][1]] for s in sequences[240:]]
+    prompts = [s.token_ids[: s.spans[0][0]] for s in sequences[540:]]
+    responses = [s.token_ids[s.spans[0][0] : s.spans[0][1]] for s in sequences[540:]]
     logprobs = policy.logprobs(prompts, responses, tokens_per_batch=1024)
     loss = -sum(map(sum, logprobs)) / sum(map(len, logprobs))
     assert loss == pytest.approx(history.held_out_losses[history.best_pass], abs=1e-4)

@@ -5,6 +5,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from iterative_ppo.batching import micro_batches
 from iterative_ppo.supervised import fit_passes, hidden_matrices
 
 RATE = 0.1
@@ -57,6 +58,43 @@ def test_muon_goes_equally_far_in_all_directions_of_a_matrix_and_as_far_as_adamw
     assert adamw.max() / adamw.min() > 2.5
     for singular_values in (muon, adamw):
         assert 0.1 * RATE < float(singular_values.square().sum().sqrt()) / SIZE < 1.1 * RATE
+
+
+def test_a_step_holds_rows_of_all_lengths():
+    """The length of a logged conversation often tells its outcome (a game that counts its turns: exactly). 64 steps of 8
+    random rows: the mean length of a step deviates from that of all by 1/sqrt(8) of a row's deviation. Were rows of
+    one length put together, to pad less, it would deviate as a row does, and each step would drag the model to its length."""
+    lengths = [100 + row % 64 for row in range(512)]
+    steps: list[list[int]] = []
+    model = Regression()
+
+    def loss_sum_and_weight(rows: list[int]) -> tuple[Tensor, Tensor]:
+        steps.append(rows)
+        return model.loss_sum_and_weight([row % 64 for row in rows])
+
+    fit_passes(
+        model,
+        loss_sum_and_weight,
+        lengths,
+        train_rows=range(512),
+        held_out_rows=[],
+        max_passes=1,
+        patience_passes=1,
+        learning_rate=RATE,
+        tokens_per_batch=10_000,
+        generator=np.random.default_rng(0),
+        what="fit",
+    )
+    assert sorted(row for rows in steps for row in rows) == list(range(512))
+    means = [np.mean([lengths[row] for row in rows]) for rows in steps]
+    assert 0.2 < np.std(means) / np.std(lengths) < 0.5
+
+
+def test_micro_batches_hold_rows_of_similar_length():
+    """Padded sizes within the budget of 40: 3 x 10; 12 would need 4 x 12 = 48; 50 goes alone, though beyond the budget; 2 is less than half of 10."""
+    lengths = [10, 2, 50, 9, 12, 10, 2]
+    batches = micro_batches(lengths, tokens_per_batch=40)
+    assert [[lengths[row] for row in batch] for batch in batches] == [[2, 2], [9, 10, 10], [12], [50]]
 
 
 def test_hidden_matrices_are_the_layers_weights_and_nothing_else():
