@@ -49,7 +49,7 @@ def main() -> None:
     config = config_module.from_dict(config_module.load(arguments.iteration.parent / "config.toml"))
     parents = json.loads((arguments.iteration / "fit" / "manifest.json").read_text())["parents"]
     policy = Policy.load(arguments.iteration.parent / parents["policy"] / "policy", config.policy)
-    q_function = QFunction.load(arguments.iteration / "fit" / "q_function")
+    q_function = QFunction.load(arguments.iteration / "fit" / "q_function", backbone=policy.model)
     rows = []
     for n in arguments.n:
         talks = [

@@ -44,7 +44,7 @@ def measure(
     config = config_module.from_dict(tables)
     parents = json.loads((iteration / "fit" / "manifest.json").read_text())["parents"]
     policy = Policy.load(iteration.parent / parents["policy"] / "policy", config.policy)
-    q_function = QFunction.load(iteration / "fit" / "q_function")
+    q_function = QFunction.load(iteration / "fit" / "q_function", backbone=policy.model)
     conversations = read_conversations(iteration / "collect" / "conversations.jsonl")
     tokens_per_batch = config.compute.tokens_per_batch
     rows: list[dict[str, float]] = []

@@ -16,7 +16,7 @@ from iterative_ppo.conversations import Conversation, Message, chat_messages
 from iterative_ppo.cross_validation import cross_validate, group_names
 from iterative_ppo.environments import TextEnvironment, make_environment
 from iterative_ppo.environments.rollout import RolloutStatistics, collect
-from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, resolve_device
+from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, load_policy, resolve_device
 from iterative_ppo.intervals import mean_interval
 from iterative_ppo.policy import Policy
 from iterative_ppo.policy_iteration import IterationRecord, iterate
@@ -108,7 +108,7 @@ def run_collect(
     config: Config, policy_source: str, out: Path, *, progress: Progress, console: Console
 ) -> dict[str, Any]:
     """Conversations of a policy with the environment, as a log."""
-    policy = load_policy(config, policy_source)
+    policy = load(config, policy_source)
     statistics = RolloutStatistics()
     started = time.perf_counter()
     rewards: list[float] = []
@@ -153,7 +153,7 @@ def run_fit(
 ) -> dict[str, Any]:
     """A Q-function from logs; with folds, what it can tell about conversations left out."""
     started = time.perf_counter()
-    policy = load_policy(config, policy_source)
+    policy = load(config, policy_source)
     conversations = list(read_conversations(logs, bad_lines=bad_lines))
     if out is not None:
         empty_folder(out)
@@ -164,7 +164,6 @@ def run_fit(
             config,
             policy,
             conversations,
-            start=policy_folder(policy_source),
             num_folds=num_folds,
             groups=groups,
             seed=config.seed,
@@ -177,7 +176,6 @@ def run_fit(
             config,
             policy,
             conversations,
-            start=policy_folder(policy_source),
             name=policy_source,
             seed=config.seed,
             progress=progress,
@@ -203,8 +201,8 @@ def run_improve(
     console: Console,
 ) -> dict[str, Any]:
     """One improvement step on the prompts of logs."""
-    policy = load_policy(config, policy_source)
-    q_function = QFunction.load(q_source, device=resolve_device(config.compute.device))
+    policy = load(config, policy_source)
+    q_function = load_q_function(config, q_source, policy)
     conversations = list(read_conversations(logs, bad_lines=bad_lines))
     empty_folder(out)
     metrics = improve_from_logs(
@@ -233,7 +231,7 @@ def run_evaluate(
         return [
             total_reward(conversation)
             for conversation in collect(
-                load_policy(config, source),
+                load(config, source),
                 environment_maker(config),
                 num_conversations=config.evaluation.conversations,
                 seed=config.seed,
@@ -275,9 +273,10 @@ def run_rank(
     console: Console,
 ) -> dict[str, Any]:
     """How well Q ranks responses to the same prompt, against rollouts of each."""
+    policy = load(config, policy_source)
     ranking = rank_within_states(
-        load_policy(config, policy_source),
-        QFunction.load(q_source, device=resolve_device(config.compute.device)),
+        policy,
+        load_q_function(config, q_source, policy),
         environment_maker(config),
         num_states=num_states,
         num_responses=num_responses,
@@ -302,8 +301,8 @@ def run_chat(
     console: Console,
 ) -> Conversation:
     """A person plays the customer; returns what was said."""
-    policy = load_policy(config, policy_source)
-    q_function = QFunction.load(q_source, device=resolve_device(config.compute.device)) if q_source else None
+    policy = load(config, policy_source)
+    q_function = load_q_function(config, q_source, policy) if q_source else None
     generator = np.random.default_rng(config.seed)
     messages = [Message(role="system", content=system)] if system else []
     while (text := ask()) is not None:
@@ -320,15 +319,15 @@ def run_chat(
     return Conversation(id="chat", messages=tuple(messages), end="censored")
 
 
-def load_policy(config: Config, source: str) -> Policy:
+def load(config: Config, source: str) -> Policy:
     """A policy from a hub id or a folder; also from a stage's folder that holds one."""
-    return Policy.load(policy_folder(source), config.policy, device=resolve_device(config.compute.device))
-
-
-def policy_folder(source: str) -> str:
-    """Where a policy's weights are: the source itself, or the `policy` in a stage's folder."""
     inner = Path(source) / "policy"
-    return str(inner) if inner.is_dir() else source
+    return load_policy(config, inner if inner.is_dir() else source)
+
+
+def load_q_function(config: Config, source: str, policy: Policy) -> QFunction:
+    """A Q-function from its folder, on the policy's frozen weights where it was fitted on them."""
+    return QFunction.load(source, device=resolve_device(config.compute.device), backbone=policy.model)
 
 
 def environment_maker(config: Config) -> Callable[[], TextEnvironment]:

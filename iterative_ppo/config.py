@@ -101,6 +101,8 @@ class PolicyConfig(_Section):
     """A response is cut after this many tokens."""
     temperature: Positive = 1.0
     """Divides the logits. The policy *is* the resulting distribution: nothing else (top-k, top-p) changes it."""
+    lora_rank: Annotated[int, _Range(0)] = 16
+    """Rank of the LoRA adapters through which a pretrained policy and its Q-function are trained, on frozen weights that they share. 0 trains all weights; models of less than 10 million parameters are always trained whole."""
     clone_passes: Annotated[int, _Range(0)] = 3
     """Most passes over the logs when the start policy is cloned; stops earlier when the held-out loss rises."""
     clone_learning_rate: Positive = 2e-3
@@ -191,6 +193,8 @@ class EvaluationConfig(_Section):
 class ComputeConfig(_Section):
     device: str = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of frozen weights; what is trained, log-probabilities and losses are float32."""
     tokens_per_batch: Annotated[int, _Range(64)] = 4096
     """Padded tokens in one forward and backward pass; results do not depend on it."""
     rollout_conversations: Count = 512

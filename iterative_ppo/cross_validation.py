@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,7 +44,6 @@ def cross_validate(
     policy: Policy,
     conversations: Sequence[Conversation],
     *,
-    start: str | Path,
     num_folds: int,
     groups: Sequence[str],
     seed: int,
@@ -75,7 +73,6 @@ def cross_validate(
             config,
             policy,
             [conversations[i] for i in train],
-            start=start,
             name="folds",
             seed=seed + fold,
             progress=show,

@@ -67,16 +67,15 @@ def start_policy(config: Config, logs: Path | None, *, with_outcomes: bool, seed
     Args:
         with_outcomes: whether a model made from scratch may learn from the logs' outcomes too, if all are known.
     """
-    device = resolve_device(config.compute.device)
     conversations = list(read_conversations(logs)) if logs else []
     is_new = config.policy.start == "tiny"
     if is_new:
         if not conversations:
             raise ValueError('policy.logs: policy.start = "tiny" needs conversations to learn its language from')
         texts = (message["content"] for c in conversations for message in chat_messages(c.messages))
-        policy = Policy.tiny(texts, config.policy, seed=seed, device=device)
+        policy = Policy.tiny(texts, config.policy, seed=seed, device=resolve_device(config.compute.device))
     else:
-        policy = Policy.load(config.policy.start, config.policy, device=device)
+        policy = load_policy(config, config.policy.start)
     metrics: dict[str, Any] = {"num_parameters": policy.num_parameters}
     if not conversations or config.policy.clone_passes == 0:
         return Start(policy=policy, q_function=None, metrics=metrics)
@@ -94,6 +93,7 @@ def start_policy(config: Config, logs: Path | None, *, with_outcomes: bool, seed
             progress=progress,
         )
         return Start(policy=policy, q_function=q_function, metrics=metrics | {"clone": to_json(history)})
+    policy = policy.branch(seed=seed)
     sequences = [
         (sequence, conversation.id)
         for conversation in conversations
@@ -140,7 +140,7 @@ def fit_q_from_logs(
     policy: Policy,
     conversations: Sequence[Conversation],
     *,
-    start: str | Path,
+    start: Path | None = None,
     name: str,
     seed: int,
     progress: Progress,
@@ -149,7 +149,7 @@ def fit_q_from_logs(
     """Fits Q to labelled conversations and assesses it on those held out.
 
     Args:
-        start: folder whose weights it starts from: a Q-function's, or a policy's.
+        start: folder of the Q-function whose weights it starts from. Default: the policy's weights.
         name: what the checkpoint calls the policy that it evaluates.
         groups: one a conversation; conversations of one group fall on one side of the split. Default: their ids.
     """
@@ -157,12 +157,16 @@ def fit_q_from_logs(
     sequences, counts = labelled(conversations, policy, gamma=q_config.gamma, groups=groups)
     if len({sequence.group for sequence in sequences}) < 4:
         raise ValueError("fewer than four conversations with a known outcome: no Q-function can be fitted")
-    is_refit = (Path(start) / "q_function.json").exists()
-    if is_refit:
-        q_function = QFunction.load(start)
+    if start is not None:
+        q_function = QFunction.load(start, backbone=policy.model)
     else:
         q_function = QFunction.from_policy(
-            start, link=q_config.link, num_heads=q_config.num_heads, pad_id=policy.pad_id, seed=seed
+            policy.model,
+            link=q_config.link,
+            num_heads=q_config.num_heads,
+            pad_id=policy.pad_id,
+            lora_rank=config.policy.lora_rank,
+            seed=seed,
         )
     q_function.to(policy.device)
     held_out = split_by_group(
@@ -178,7 +182,7 @@ def fit_q_from_logs(
         sequences,
         held_out=held_out.tolist(),
         config=q_config,
-        is_refit=is_refit,
+        is_refit=start is not None,
         tokens_per_batch=config.compute.tokens_per_batch,
         generator=np.random.default_rng(seed),
         retarget=None if q_config.return_lambda == 1 else retarget,
@@ -288,6 +292,16 @@ def q_reward(q_function: QFunction, *, pessimism: float, tokens_per_batch: int) 
         return q_function.pessimistic_values(prompts, responses, pessimism=pessimism, tokens_per_batch=tokens_per_batch)
 
     return reward
+
+
+def load_policy(config: Config, source: str | Path) -> Policy:
+    """A policy from a hub id or a folder, on the configured device."""
+    return Policy.load(
+        source,
+        config.policy,
+        device=resolve_device(config.compute.device),
+        dtype=getattr(torch, config.compute.dtype),
+    )
 
 
 def resolve_device(device: str) -> str:

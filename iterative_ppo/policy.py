@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from iterative_ppo import adapters
 from iterative_ppo.batching import pad_right
 from iterative_ppo.config import PolicyConfig
 from iterative_ppo.losses import token_logprobs
@@ -34,6 +35,7 @@ TINY_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _SAMPLING_ROWS = 512
+_SMALLEST_FOR_ADAPTERS = 10_000_000
 _TINY_SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
@@ -80,18 +82,38 @@ class Policy:
         model.config.pad_token_id = self.pad_id
 
     @classmethod
-    def load(cls, source: str | Path, config: PolicyConfig, *, device: str = "cpu") -> "Policy":
-        """Loads a hub id or a folder. Raises ValueError with one line where there is no such model."""
+    def load(
+        cls, source: str | Path, config: PolicyConfig, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "Policy":
+        """Loads a hub id or a folder, of a whole model or of an adapter.
+
+        The weights of a model that is trained by an adapter are frozen.
+
+        Args:
+            dtype: of frozen weights; trained ones are float32.
+
+        Raises:
+            ValueError: with one line where there is no such model.
+        """
         try:
+            base = adapters.base_of(source)
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model, loading = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                base or source, dtype=torch.float32, output_loading_info=True
+            )
+            if base is not None:
+                adapters.load_adapter(model, source)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"policy {str(source)!r} cannot be loaded: {reason}") from error
         missing = sorted(loading["missing_keys"])
         if missing:
             raise ValueError(f"policy {str(source)!r} cannot be loaded: it lacks the weights {', '.join(missing[:3])}")
-        return cls(model.to(device), tokenizer, config)
+        policy = cls(model.to(device), tokenizer, config)
+        if base is None and config.lora_rank and policy.num_parameters >= _SMALLEST_FOR_ADAPTERS:
+            model.requires_grad_(False)
+        adapters.cast_frozen(model, dtype)
+        return policy
 
     @classmethod
     def tiny(cls, texts: Iterable[str], config: PolicyConfig, *, seed: int, device: str = "cpu") -> "Policy":
@@ -119,16 +141,32 @@ class Policy:
             model = LlamaForCausalLM(llama)
         return cls(model.to(device), tokenizer, config)
 
+    def branch(self, *, seed: int) -> "Policy":
+        """A policy of its own that starts as this one and can be trained; they share what is frozen."""
+        model = adapters.copy_sharing_frozen(self.model)
+        if adapters.is_frozen(model):
+            adapters.add_adapter(model, rank=self.config.lora_rank, seed=seed)
+        return Policy(model, self.tokenizer, self.config)
+
+    def merged(self) -> "Policy":
+        """The same policy as a plain model, all weights its own."""
+        return Policy(adapters.merged(self.model), self.tokenizer, self.config)
+
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def is_float32(self) -> bool:
+        """Whether all weights are; where they are not, log-probabilities depend a little on what shares a batch."""
+        return all(p.dtype == torch.float32 for p in self.model.parameters())
 
     @property
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 
     def save(self, folder: Path) -> None:
-        """Writes an ordinary transformers folder whose generation settings sample from exactly this policy."""
+        """Writes an ordinary transformers folder, or peft folder, whose generation settings are exactly this policy."""
         self.model.generation_config = GenerationConfig(
             do_sample=True,
             temperature=self.temperature,
@@ -138,7 +176,11 @@ class Policy:
             eos_token_id=self.renderer.end_id,
             pad_token_id=self.pad_id,
         )
-        self.model.save_pretrained(folder)
+        if adapters.has_adapter(self.model):
+            adapters.save_adapter(self.model, folder)
+            self.model.generation_config.save_pretrained(folder)
+        else:
+            self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def conversation_cache(self) -> ConversationCache:

@@ -16,9 +16,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from iterative_ppo.adapters import (
+    add_adapter,
+    base_of,
+    copy_sharing_frozen,
+    has_adapter,
+    is_frozen,
+    load_adapter,
+    name_of,
+    save_adapter,
+    without_adapter,
+)
 from iterative_ppo.batching import micro_batches, pad_right
 from iterative_ppo.losses import lower_confidence
 from iterative_ppo.shared_prefix import TreeBatch, run_trees, takes_trees, tree_batches
@@ -62,62 +73,72 @@ class QFunction(nn.Module):
         self.eval()
 
     @classmethod
-    def from_policy(cls, folder: str | Path, *, link: Link, num_heads: int, pad_id: int, seed: int) -> "QFunction":
-        """A new Q-function on a policy's weights (a folder or a hub id), with small random heads."""
-        return cls._with_new_heads(_load_classifier(folder), link=link, num_heads=num_heads, pad_id=pad_id, seed=seed)
-
-    @classmethod
-    def on_trunk(cls, policy: PreTrainedModel, *, link: Link, num_heads: int, pad_id: int, seed: int) -> "QFunction":
-        """A new Q-function that shares the trunk of a policy's model, not a copy of it, with small random heads."""
-        config = copy.deepcopy(policy.config)
-        config.num_labels = 1
-        model = AutoModelForSequenceClassification.from_config(config).to(policy.device)
-        setattr(model, model.base_model_prefix, policy.base_model)
-        return cls._with_new_heads(model, link=link, num_heads=num_heads, pad_id=pad_id, seed=seed)
-
-    @classmethod
-    def _with_new_heads(
-        cls, model: PreTrainedModel, *, link: Link, num_heads: int, pad_id: int, seed: int
+    def from_policy(
+        cls, policy: PreTrainedModel, *, link: Link, num_heads: int, pad_id: int, lora_rank: int, seed: int
     ) -> "QFunction":
+        """A new Q-function on a policy's weights, with small random heads; frozen weights are shared.
+
+        Args:
+            lora_rank: of a new adapter, where all of the policy's weights are frozen.
+        """
+        trunk = copy_sharing_frozen(policy.base_model)
+        q_function = cls.on_trunk(policy.config, trunk, link=link, num_heads=num_heads, pad_id=pad_id, seed=seed)
+        if is_frozen(trunk):
+            add_adapter(q_function.model, rank=lora_rank, seed=seed)
+        return q_function
+
+    @classmethod
+    def on_trunk(
+        cls, config: PretrainedConfig, trunk: nn.Module, *, link: Link, num_heads: int, pad_id: int, seed: int
+    ) -> "QFunction":
+        """A new Q-function around a trunk, the trunk itself and not a copy of it, with small random heads."""
+        model = _classifier_around(config, trunk)
         model.config.pad_token_id = pad_id
         generator = torch.Generator().manual_seed(seed)
         heads = 0.02 * torch.randn(num_heads, model.config.get_text_config().hidden_size, generator=generator)
         return cls(model, link=link, heads=heads.to(model.device))
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str = "cpu") -> "QFunction":
-        """Loads a checkpoint of `save`; a plain one-label checkpoint without our JSON is refused by name."""
+    def load(cls, folder: str | Path, *, device: str = "cpu", backbone: PreTrainedModel | None = None) -> "QFunction":
+        """Loads a checkpoint of `save`; a plain one-label checkpoint without our JSON is refused by name.
+
+        Args:
+            backbone: a model whose frozen weights are shared if the checkpoint is an adapter of them.
+        """
         card = load_card(folder)
-        model = _load_classifier(folder)
         try:
+            base = base_of(folder)
+            if base is None:
+                model = _load_classifier(folder)
+            elif backbone is not None and name_of(backbone) == base:
+                model = _classifier_around(backbone.config, without_adapter(backbone).base_model)
+            else:
+                model = _load_classifier(base)
+            if base is not None:
+                load_adapter(model, folder)
             heads = load_file(Path(folder) / "heads.safetensors")["heads"]
-        except (OSError, KeyError, SafetensorError) as error:
-            raise ValueError(f"Q-function cannot be loaded from {str(folder)!r}: heads.safetensors: {error}") from error
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"Q-function cannot be loaded from {str(folder)!r}: {reason}") from error
         return cls(model, link=card.link, heads=heads).to(device)
 
     def save(self, folder: Path, card: QFunctionCard, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes a transformers sequence-classification folder, the ensemble's heads and `q_function.json`."""
+        """Writes a transformers sequence-classification folder, the ensemble's heads and `q_function.json`.
+
+        Where the trunk has an adapter, it is a peft folder of that task.
+        """
         with torch.no_grad():
             self.model.score.weight.copy_(self.heads.mean(0, keepdim=True))
-        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-            tokenizer = self._with_padding_of_its_own(tokenizer)
+        tokenizer = _padded_by_another_than_its_end(tokenizer)
         self.model.config.pad_token_id = tokenizer.pad_token_id
-        self.model.save_pretrained(folder)
+        if has_adapter(self.model):
+            save_adapter(self.model, folder, heads={"score": self.model.score.weight})
+        else:
+            self.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_file({"heads": self.heads.detach().cpu().contiguous()}, folder / "heads.safetensors")
         text = json.dumps({"schema": 1, **asdict(card)}, indent=1, allow_nan=False)
         (folder / "q_function.json").write_text(text + "\n", encoding="utf-8")
-
-    def _with_padding_of_its_own(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-        """A tokenizer that does not pad with the token that ends a response.
-
-        transformers reads the label at the last token that is not padding; the end of the response must not be that.
-        """
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
-        if len(tokenizer) > self.model.get_input_embeddings().num_embeddings:
-            self.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        return tokenizer
 
     @property
     def device(self) -> torch.device:
@@ -214,13 +235,36 @@ def load_card(folder: str | Path) -> QFunctionCard:
     return card
 
 
+def _padded_by_another_than_its_end(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer that does not pad with the token that ends a response.
+
+    transformers reads the label at the last token that is not padding; the end of the response must not be that. Any
+    other token will do, since a response always ends with its own.
+    """
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    pad_id = next(token for token in [*tokenizer.all_special_ids, 0, 1] if token != tokenizer.eos_token_id)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    return tokenizer
+
+
+def _classifier_around(config: PretrainedConfig, trunk: nn.Module) -> PreTrainedModel:
+    """A sequence classifier with one label whose trunk is the given one, the same and not a copy."""
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    device = next(trunk.parameters()).device
+    model.score = nn.Linear(model.score.in_features, 1, bias=False, device=device, dtype=torch.float32)
+    setattr(model, model.base_model_prefix, trunk)
+    return model
+
+
 def _load_classifier(folder: str | Path) -> PreTrainedModel:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
         return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"Q-function cannot be loaded from {str(folder)!r}: {reason}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)

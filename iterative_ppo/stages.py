@@ -12,7 +12,7 @@ from iterative_ppo.conversation_log import read_conversations, write_conversatio
 from iterative_ppo.conversations import Conversation, turn_rewards
 from iterative_ppo.environments import ScriptedEnvironment, TextEnvironment
 from iterative_ppo.environments.rollout import RolloutStatistics, collect, collect_scripted
-from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, resolve_device, start_policy
+from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, load_policy, resolve_device, start_policy
 from iterative_ppo.intervals import Interval, clustered_interval, mean_interval
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_function import QFunction
@@ -111,7 +111,7 @@ class Stages:
     def fit(self, iteration: int, policy: Stage, batches: Sequence[Stage], previous: Stage) -> Stage:
         """Q of the current policy, by regression on the returns of its own conversations.
 
-        It starts from the Q-function in the stage `previous`, or from the policy there if it holds none.
+        It starts from the Q-function in the stage `previous`, or from the policy if there is none.
         """
 
         q_folder = previous.folder / "q_function"
@@ -121,7 +121,7 @@ class Stages:
                 self.config,
                 self._load(policy),
                 _read_batches(batches),
-                start=q_folder if q_folder.exists() else previous.folder / "policy",
+                start=q_folder if q_folder.exists() else None,
                 name=str(policy.folder.relative_to(self.directory.path)),
                 seed=self._seed(iteration, _FIT),
                 progress=self.progress,
@@ -136,10 +136,11 @@ class Stages:
         """The single-turn step: token-level RL from the current policy on its own prompts, Q as the reward."""
 
         def make(folder: Path) -> dict[str, Any]:
+            current = self._load(policy)
             return improve_from_logs(
                 self.config,
-                self._load(policy),
-                QFunction.load(q_function.folder / "q_function", device=self.device),
+                current,
+                QFunction.load(q_function.folder / "q_function", device=self.device, backbone=current.model),
                 _read_batches(batches),
                 folder,
                 seed=self._seed(iteration, _IMPROVE),
@@ -201,7 +202,7 @@ class Stages:
         return int(np.random.SeedSequence([self.config.seed, iteration, stage]).generate_state(1)[0])
 
     def _load(self, stage: Stage) -> Policy:
-        return Policy.load(stage.folder / "policy", self.config.policy, device=self.device)
+        return load_policy(self.config, stage.folder / "policy")
 
     def _collect(self, file: Path, policy: Stage, *, num_conversations: int, seed: int) -> dict[str, Any]:
         statistics = RolloutStatistics()

@@ -12,7 +12,7 @@ from iterative_ppo.config import ConfigError
 from iterative_ppo.conversation_log import BadLines, read_conversations, write_conversations
 from iterative_ppo.conversations import Conversation, split_by_group
 from iterative_ppo.cross_validation import cross_validate, group_names
-from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, resolve_device, start_policy
+from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, load_policy, resolve_device, start_policy
 from iterative_ppo.intervals import clustered_interval
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_function import QFunction
@@ -106,7 +106,6 @@ class Step:
             self.config,
             self._load(start),
             [self.conversations[i] for i in half],
-            start=start.folder / "policy",
             name=str(self.logs),
             seed=self._seed(_FIT if name == "fit" else _GRADER),
             progress=self.progress,
@@ -120,7 +119,6 @@ class Step:
             self.config,
             self._load(start),
             self.conversations,
-            start=start.folder / "policy",
             num_folds=num_folds,
             groups=self.groups,
             seed=self._seed(_FOLDS),
@@ -130,10 +128,11 @@ class Step:
         return metrics
 
     def _improve(self, folder: Path, stages: dict[str, Stage]) -> dict[str, Any]:
+        policy = self._load(stages["start"])
         return improve_from_logs(
             self.config,
-            self._load(stages["start"]),
-            self._q_function(stages["fit"]),
+            policy,
+            self._q_function(stages["fit"], policy),
             [self.conversations[i] for i in self.halves[0]],
             folder,
             seed=self._seed(_IMPROVE),
@@ -161,7 +160,7 @@ class Step:
         gains = {}
         q_values = {}
         for role, name in (("other_half", "grader"), ("trained_on", "fit")):
-            q_function = self._q_function(stages[name])
+            q_function = self._q_function(stages[name], policy)
             q_values[role] = [
                 q_function.values(prompts, answers, tokens_per_batch=self.config.compute.tokens_per_batch).numpy()
                 for answers in (before, after)
@@ -188,10 +187,10 @@ class Step:
         }
 
     def _load(self, stage: Stage) -> Policy:
-        return Policy.load(stage.folder / "policy", self.config.policy, device=self.device)
+        return load_policy(self.config, stage.folder / "policy")
 
-    def _q_function(self, stage: Stage) -> QFunction:
-        return QFunction.load(stage.folder / "q_function", device=self.device)
+    def _q_function(self, stage: Stage, policy: Policy) -> QFunction:
+        return QFunction.load(stage.folder / "q_function", device=self.device, backbone=policy.model)
 
     def _seed(self, key: int) -> int:
         return int(np.random.SeedSequence([self.config.seed, 0, key]).generate_state(1)[0])

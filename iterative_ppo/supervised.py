@@ -1,8 +1,7 @@
 """Supervised fitting in passes over sequences, with early stopping on a held-out part: cloning and the Q-function."""
 
-import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,7 +82,7 @@ def fit_passes(
     train_losses: list[float] = []
     [dropout] = generator.spawn(1)
     devices = [] if parameters[0].device.type == "cpu" else [parameters[0].device]
-    best_pass, best_weights = 0, copy.deepcopy(model.state_dict())
+    best_pass, best_weights = 0, trained_weights(model)
     for pass_ in range(1, max_passes + 1):
         if before_pass:
             model.eval()
@@ -111,13 +110,25 @@ def fit_passes(
         if held_out_rows:
             held_out_losses.append(held_out_loss())
         if not held_out_rows or held_out_losses[-1] < held_out_losses[best_pass]:
-            best_pass, best_weights = pass_, copy.deepcopy(model.state_dict())
+            best_pass, best_weights = pass_, trained_weights(model)
         elif pass_ - best_pass >= patience_passes:
             break
     progress(what, total_steps, total_steps)
-    model.load_state_dict(best_weights)
+    restore_weights(model, best_weights)
     model.eval()
     return FitHistory(train_losses=tuple(train_losses), held_out_losses=tuple(held_out_losses), best_pass=best_pass)
+
+
+def trained_weights(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of the parameters that are trained, by name."""
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def restore_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Gives parameters the values of an earlier `trained_weights`."""
+    for name, weight in weights.items():
+        module.get_parameter(name).copy_(weight)
 
 
 def hidden_matrices(model: PreTrainedModel) -> list[nn.Parameter]:

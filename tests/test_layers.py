@@ -25,18 +25,19 @@ LAYERS: list[dict[str, str]] = [
         "intervals": "",
     },
     {  # 1: models
+        "adapters": "",
         "rendering": "",
         "sampling": "losses rendering",
         "supervised": "batching",
         "shared_prefix": "batching",
-        "policy": "batching config losses rendering sampling shared_prefix supervised",
-        "q_function": "batching losses shared_prefix",
+        "policy": "adapters batching config losses rendering sampling shared_prefix supervised",
+        "q_function": "adapters batching losses shared_prefix",
         "q_fit": "batching config losses q_function supervised",
         "q_report": "intervals q_fit",
         "text_baseline": "conversations",
     },
     {  # 2: one half of an iteration each
-        "improvement": "batching config losses policy rendering shared_prefix supervised",
+        "improvement": "adapters batching config losses policy rendering shared_prefix supervised",
         "environments": "conversations policy supervised",
     },
     {  # 3: turns meet tokens; may import all of the layers below, and of this one what is named

@@ -223,7 +223,9 @@ def test_q_is_fitted_to_all_batches_and_starts_from_the_previous_q(
         def metrics(self) -> dict[str, Any]:
             return {}
 
-    def fake(_: object, __: object, conversations: Sequence[Conversation], *, start: Path, **___: object) -> Fitted:
+    def fake(
+        _: object, __: object, conversations: Sequence[Conversation], *, start: Path | None, **___: object
+    ) -> Fitted:
         seen.append(([conversation.id for conversation in conversations], start))
         return Fitted()
 
@@ -234,7 +236,7 @@ def test_q_is_fitted_to_all_batches_and_starts_from_the_previous_q(
     (q_function.folder / "q_function").mkdir()
     real_stages.fit(2, policy, [first, second], q_function)
     assert seen == [
-        (["a", "b"], policy.folder / "policy"),
+        (["a", "b"], None),
         (["a", "b", "c"], q_function.folder / "q_function"),
     ]
 

@@ -49,8 +49,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+def started(folder: Path, *, link: Link, num_heads: int, pad_id: int, seed: int) -> QFunction:
+    policy = Policy.load(folder, tiny.policy_config())
+    return QFunction.from_policy(policy.model, link=link, num_heads=num_heads, pad_id=pad_id, lora_rank=4, seed=seed)
+
+
 def new_q_function(folder: Path, *, link: Link = "logistic", num_heads: int = 1, seed: int = 0) -> QFunction:
-    q_function = QFunction.from_policy(folder, link=link, num_heads=num_heads, pad_id=tiny.PAD, seed=seed)
+    q_function = started(folder, link=link, num_heads=num_heads, pad_id=tiny.PAD, seed=seed)
     with torch.no_grad():
         q_function.heads.mul_(10)  # as after a fit: values that differ from each other
     return q_function
@@ -291,7 +296,7 @@ def test_the_end_token_is_read_and_not_taken_for_padding(
     """
     policy = Policy(tiny.llama(12), make_tokenizer(), tiny.policy_config())
     policy.save(tmp_path / "policy")
-    q_function = QFunction.from_policy(tmp_path / "policy", link="identity", num_heads=1, pad_id=policy.pad_id, seed=0)
+    q_function = started(tmp_path / "policy", link="identity", num_heads=1, pad_id=policy.pad_id, seed=0)
     q_function.save(tmp_path / "q", CARD, policy.tokenizer)
     prompts = [(tiny.USER, tiny.C, tiny.END, tiny.ASSISTANT), (tiny.USER, tiny.D, tiny.E, tiny.END, tiny.ASSISTANT)]
     responses = [(tiny.A, tiny.B, tiny.END), (tiny.END,)]
@@ -315,8 +320,6 @@ def test_the_card_comes_back_and_what_is_no_card_is_refused(tmp_path: Path, fold
     path.unlink()
     with pytest.raises(ValueError, match="no Q-function checkpoint"):
         QFunction.load(tmp_path)
-    with pytest.raises(ValueError, match="cannot be loaded"):
-        QFunction.from_policy(tmp_path / "missing", link="identity", num_heads=1, pad_id=0, seed=0)
 
 
 @pytest.mark.parametrize("broken", ["heads.safetensors", "model.safetensors"])
@@ -352,7 +355,7 @@ class Fitted:
 def fitted(folder: Path, chance: Chance, *, seed: int = 0, **settings: object) -> Fitted:
     """300 conversations to learn from, 150 to stop by and to be judged on."""
     logs = make_logs(450, chance, seed=seed)
-    q_function = QFunction.from_policy(
+    q_function = started(
         folder,
         link=settings.get("link", "logistic"),
         num_heads=settings.get("num_heads", 1),
@@ -406,7 +409,7 @@ def test_the_report_says_when_q_knows_no_more_than_the_state(folders: dict[str, 
     found = 0
     for seed in range(7):
         logs = make_logs(390, by_state_alone, seed=seed, response_letters=10)
-        q_function = QFunction.from_policy(folders["llama"], link="logistic", num_heads=1, pad_id=tiny.PAD, seed=seed)
+        q_function = started(folders["llama"], link="logistic", num_heads=1, pad_id=tiny.PAD, seed=seed)
         fit(q_function, logs, num_train=240, seed=seed, num_heads=1, max_passes=4, learning_rate=5e-3)
         predictions = predict(q_function, logs.sequences[240:], tokens_per_batch=TOKENS)
         report = assess(predictions, constant=0.5, loss="cross_entropy")
@@ -442,7 +445,7 @@ def test_the_best_pass_is_kept_and_the_fit_stops_soon_after(folders: dict[str, P
     """Sixty conversations and a high learning rate: it overfits, the held-out loss turns up, and the weights are
     those from before it did."""
     logs = make_logs(160, by_response, seed=6)
-    q_function = QFunction.from_policy(folders["llama"], link="logistic", num_heads=1, pad_id=tiny.PAD, seed=0)
+    q_function = started(folders["llama"], link="logistic", num_heads=1, pad_id=tiny.PAD, seed=0)
     history = fit(
         q_function,
         logs,
@@ -470,7 +473,7 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path, folders: dict[str, 
 
     def written(seed: int, global_seed: int) -> list[bytes]:
         torch.manual_seed(global_seed)
-        q_function = QFunction.from_policy(folders[model], link="logistic", num_heads=3, pad_id=tiny.PAD, seed=0)
+        q_function = started(folders[model], link="logistic", num_heads=3, pad_id=tiny.PAD, seed=0)
         fit(q_function, logs, num_train=60, seed=seed, num_heads=3, max_passes=1, loss=loss)  # none held out
         q_function.save(tmp_path, CARD, AutoTokenizer.from_pretrained(folders[model]))
         return [(tmp_path / name).read_bytes() for name in ("model.safetensors", "heads.safetensors")]
@@ -499,10 +502,10 @@ def test_returns_outside_the_unit_interval_need_the_identity_link(
 ):
     sequence = dataclasses.replace(make_logs(1, by_response, seed=8).sequences[0], returns=returns)
     logs = Logs(sequences=[sequence, dataclasses.replace(sequence, group="c-other")], chance=np.zeros(4))
-    logistic = QFunction.from_policy(folders["llama"], link="logistic", num_heads=1, pad_id=tiny.PAD, seed=0)
+    logistic = started(folders["llama"], link="logistic", num_heads=1, pad_id=tiny.PAD, seed=0)
     with pytest.raises(ValueError, match=r"outside \[0, 1\].*identity.*squared_error"):
         fit(logistic, logs, num_train=1)
-    identity = QFunction.from_policy(folders["llama"], link="identity", num_heads=1, pad_id=tiny.PAD, seed=0)
+    identity = started(folders["llama"], link="identity", num_heads=1, pad_id=tiny.PAD, seed=0)
     fit(identity, logs, num_train=1, loss="squared_error", max_passes=1)
 
 
@@ -511,9 +514,7 @@ def test_a_handful_of_conversations_is_no_crash(folders: dict[str, Path], num_he
     """One to learn from, which the bootstrap of two members draws not at all in one of seven fits, and two to judge."""
     logs = make_logs(3, by_response, seed=9)
     for seed in range(20):
-        q_function = QFunction.from_policy(
-            folders["llama"], link="logistic", num_heads=num_heads, pad_id=tiny.PAD, seed=0
-        )
+        q_function = started(folders["llama"], link="logistic", num_heads=num_heads, pad_id=tiny.PAD, seed=0)
         history = fit(q_function, logs, num_train=1, seed=seed, num_heads=num_heads, max_passes=1)
         assert np.isfinite(history.held_out_losses).all()
     report = assess(
@@ -621,7 +622,7 @@ def test_new_targets_are_made_from_what_q_has_learnt_so_far(folders: dict[str, P
         seen.append((correlation, float(predictions.q_value.mean() - predictions.target.mean())))
         return [s.returns for s in logs.sequences]
 
-    q_function = QFunction.from_policy(folders["llama"], link=link, num_heads=1, pad_id=tiny.PAD, seed=0)
+    q_function = started(folders["llama"], link=link, num_heads=1, pad_id=tiny.PAD, seed=0)
     fit(q_function, logs, num_train=300, retarget=retarget, loss=loss, num_heads=1, max_passes=8)
     assert len(seen) == 7, "before every pass but the first"
     correlation, bias = seen[-1]
@@ -651,7 +652,7 @@ def test_new_targets_beyond_the_returns_do_no_harm(folders: dict[str, Path], los
     """A reward on the way and an optimistic Q behind it: ½ + .9 = 1.4, though no return is above 1. A cross-entropy
     with such a label has no lowest point, and a histogram no place for it."""
     logs = make_logs(40, by_response, seed=12)
-    q_function = QFunction.from_policy(folders["llama"], link=link, num_heads=1, pad_id=tiny.PAD, seed=0)
+    q_function = started(folders["llama"], link=link, num_heads=1, pad_id=tiny.PAD, seed=0)
     history = fit(
         q_function,
         logs,

@@ -4,7 +4,7 @@ One update samples responses to logged prompts from the current policy, rewards 
 that into token advantages and makes a few clipped gradient passes. The anchor is the policy that was handed in.
 """
 
-import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from iterative_ppo import losses
+from iterative_ppo.adapters import copy_sharing_frozen
 from iterative_ppo.batching import pad_right, pad_values
 from iterative_ppo.config import ImprovementConfig
 from iterative_ppo.improvement.base import Improvement, RewardFunction, UpdateMetrics
 from iterative_ppo.policy import Policy
 from iterative_ppo.rendering import TokenIds
 from iterative_ppo.shared_prefix import families, takes_trees, tree_batches
-from iterative_ppo.supervised import Progress, no_progress
+from iterative_ppo.supervised import Progress, no_progress, restore_weights, trained_weights
 
 _COLLAPSED_ENTROPY_SHARE = 0.1
 _COLLAPSED_LENGTH_SHARE = 0.2
@@ -101,7 +102,8 @@ def improve(
     """
     if config.algorithm == "ppo" and token_value is None:
         raise ValueError("PPO needs a token value to start from; GRPO and RLOO do without")
-    candidate = Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.config)
+    [initialization] = generator.spawn(1)
+    candidate = policy.branch(seed=int(initialization.integers(2**31)))
     learner = _Learner(candidate, token_value, config, tokens_per_batch=tokens_per_batch)
     batches = _prompt_batches(prompts, config, generator)
 
@@ -112,7 +114,7 @@ def improve(
             asked += next(batches)
         return sample_responses(candidate, policy, asked, generator=generator, tokens_per_batch=tokens_per_batch)
 
-    good_weights = copy.deepcopy(candidate.model.state_dict())
+    good_weights = trained_weights(candidate.model)
     updates: list[UpdateMetrics] = []
     stop_reason = ""
     while not stop_reason:
@@ -125,14 +127,14 @@ def improve(
             )
         if problem := _collapse(responses, updates, config):
             stop_reason = f"collapse: {problem}"
-            candidate.model.load_state_dict(good_weights)
+            restore_weights(candidate.model, good_weights)
         elif responses.kl > config.kl_target:
             stop_reason = "kl_target"
             _step_back(candidate, good_weights, lambda: fresh(1).kl <= config.kl_target)
         elif is_last:
             stop_reason = "updates"
         else:
-            good_weights = copy.deepcopy(candidate.model.state_dict())
+            good_weights = trained_weights(candidate.model)
             if config.adaptive_kl and updates:
                 learner.adapt_kl_coefficient(rollout.kl, len(updates))
             updates.append(learner.update(rollout, len(updates), generator))
@@ -142,7 +144,7 @@ def improve(
                 f"improve (reward {updates[-1].reward_mean:.3f}, KL {rollout.kl:.3f})", len(updates), config.num_updates
             )
     progress("improve", config.num_updates, config.num_updates)
-    candidate.model.eval().requires_grad_(True)
+    candidate.model.eval()
     # Where a measurement decided what is kept, it is too low on average: measured once more.
     kl = responses.kl if stop_reason == "updates" else fresh(_NUM_RESPONSES_FOR_KL).kl
     return Improvement(candidate=candidate, updates=tuple(updates), kl=kl, stop_reason=stop_reason)
@@ -150,17 +152,14 @@ def improve(
 
 def _step_back(policy: Policy, good_weights: dict[str, Tensor], is_good: Callable[[], bool]) -> None:
     """Goes back along the last update until the policy is good again: half of it, a quarter, ..., none."""
-    far_weights = copy.deepcopy(policy.model.state_dict())
+    far_weights = trained_weights(policy.model)
     for share in (0.5, 0.25, 0.125):
-        policy.model.load_state_dict(
-            {
-                name: torch.lerp(good_weights[name], far, share) if far.is_floating_point() else far
-                for name, far in far_weights.items()
-            }
+        restore_weights(
+            policy.model, {name: torch.lerp(good_weights[name], far, share) for name, far in far_weights.items()}
         )
         if is_good():
             return
-    policy.model.load_state_dict(good_weights)
+    restore_weights(policy.model, good_weights)
 
 
 def sample_rollout(
@@ -208,11 +207,16 @@ def sample_responses(
     _, mask_BT = pad_right(sampled.token_ids)
     width = mask_BT.shape[1]
     anchor_logprobs = anchor.logprobs(prompts, sampled.token_ids, tokens_per_batch=4 * tokens_per_batch)
+    if policy.is_float32:
+        logprobs: Sequence[Sequence[float]] = sampled.token_logprobs
+    else:
+        # Rounded differently where tokens come one by one: that difference must not be taken for a KL.
+        logprobs = policy.logprobs(prompts, sampled.token_ids, tokens_per_batch=4 * tokens_per_batch)
     return Responses(
         prompts=tuple(prompts),
         responses=sampled.token_ids,
         mask_BT=mask_BT.to(policy.device),
-        old_logprob_BT=pad_values(sampled.token_logprobs, width=width).to(policy.device),
+        old_logprob_BT=pad_values(logprobs, width=width).to(policy.device),
         anchor_logprob_BT=pad_values(anchor_logprobs, width=width).to(policy.device),
     )
 
@@ -232,8 +236,8 @@ class _Learner:
         self.token_value: nn.Module | None = None
         self.value_parameters: list[nn.Parameter] = []
         if config.algorithm == "ppo":
-            self.token_value = copy.deepcopy(token_value)
-            assert self.token_value is not None
+            assert token_value is not None
+            self.token_value = copy_sharing_frozen(token_value)
             self.value_parameters = [p for p in self.token_value.parameters() if p.requires_grad]
             if self.value_parameters:
                 self.value_optimizer = torch.optim.AdamW(
@@ -247,14 +251,20 @@ class _Learner:
 
     def update(self, rollout: Rollout, update: int, generator: np.random.Generator) -> UpdateMetrics:
         """Gradient passes over one rollout."""
+        minibatches = _minibatches(rollout.prompts, self.config.num_minibatches, generator)
+        kl, kl_k1 = rollout.kl, rollout.kl_k1
+        if not self.policy.is_float32:
+            rollout = self._rescored(rollout, minibatches)
         baseline = self._baseline(rollout)
         advantage_BT, scale = _normalized(baseline.advantage_BT, rollout.mask_BT)
         num_rows = len(rollout.responses)
         stats = _PassStatistics()
         num_passes = 0
-        for _ in range(self.config.num_passes):
+        for pass_ in range(self.config.num_passes):
+            if pass_ > 0:
+                minibatches = _minibatches(rollout.prompts, self.config.num_minibatches, generator)
             stats = _PassStatistics()
-            for rows in _minibatches(rollout.prompts, self.config.num_minibatches, generator):
+            for rows in minibatches:
                 self._policy_step(rollout, advantage_BT, scale, rows, stats)
                 if self.value_parameters and self.config.token_value_learning_rate > 0:
                     self._value_step(rollout, baseline.return_BT, rows)
@@ -264,8 +274,8 @@ class _Learner:
         return UpdateMetrics(
             update=update,
             reward_mean=float(rollout.reward_B.mean()),
-            kl=rollout.kl,
-            kl_k1=rollout.kl_k1,
+            kl=kl,
+            kl_k1=kl_k1,
             entropy=stats.entropy / stats.num_tokens,
             clip_fraction=stats.num_clipped / stats.num_tokens,
             kl_coefficient=self.kl_coefficient,
@@ -277,6 +287,17 @@ class _Learner:
             response_tokens=float(rollout.mask_BT.sum()) / num_rows,
             num_passes=num_passes,
         )
+
+    def _rescored(self, rollout: Rollout, minibatches: Sequence[Sequence[int]]) -> Rollout:
+        """The rollout with log-probabilities from the batches of the first pass: its ratios are 1 but for the steps taken."""
+        old_logprob_BT = torch.zeros_like(rollout.old_logprob_BT)
+        for rows in minibatches:
+            prompts, responses = rollout.select(rows)
+            with torch.no_grad():
+                for logits in self.policy.response_logits(prompts, responses, tokens_per_batch=self.tokens_per_batch):
+                    width = logits.mask_BT.shape[1]
+                    old_logprob_BT[[rows[place] for place in logits.rows], :width] = logits.logprobs()
+        return dataclasses.replace(rollout, old_logprob_BT=old_logprob_BT)
 
     def _baseline(self, rollout: Rollout) -> _Baseline:
         config = self.config
@@ -397,14 +418,11 @@ def _shuffled(groups: Sequence[Sequence[int]], generator: np.random.Generator) -
     return [row for group in generator.permutation(len(groups)).tolist() for row in groups[group]]
 
 
-def _minibatches(
-    prompts: Sequence[TokenIds], num_minibatches: int, generator: np.random.Generator
-) -> Iterator[list[int]]:
+def _minibatches(prompts: Sequence[TokenIds], num_minibatches: int, generator: np.random.Generator) -> list[list[int]]:
     """The rows in a random order, in parts of equal size; rows whose prompts share a prefix stay together."""
     order = _shuffled(families(prompts), generator)
     size = math.ceil(len(order) / num_minibatches)
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def _collapse(responses: Responses, updates: Sequence[UpdateMetrics], config: ImprovementConfig) -> str:
