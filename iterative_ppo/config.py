@@ -135,12 +135,12 @@ class QFunctionConfig(_Section):
     """The reward of a response is the ensemble's mean minus this many standard deviations."""
     learning_rate: Positive = 1e-3
     """Peak learning rate of the fit (AdamW, cosine)."""
-    max_passes: Count = 8
+    max_passes: Count = 4
     """Most passes over the conversations when Q starts from a policy's weights."""
     refit_passes: Count = 1
     """Most passes when Q starts from the previous iteration's Q-function, which has to follow one step of the policy only."""
-    patience_passes: Count = 2
-    """Passes without a better held-out loss after which the fit stops; the best pass is kept."""
+    patience_passes: Count = 1
+    """Passes without a better held-out loss after which the fit stops, the first pass not counted; the best pass is kept."""
     held_out_share: Annotated[float, _Range(0.01, 0.9)] = 0.15
     """Share of the conversations that the fit never trains on."""
 

@@ -60,6 +60,8 @@ def fit_passes(
         lengths: tokens of each row.
         train_rows: rows to train on; steps hold 1/64 of them, between 8 and `max_rows_per_step` rows.
         held_out_rows: rows that decide when to stop; without any, all passes are made.
+        patience_passes: passes without a better loss after which it stops; the first, at the highest learning rate, is
+            forgiven.
         before_pass: called before each pass with its number, from 1.
         matrices: parameters that Muon fits instead; see `hidden_matrices`.
     """
@@ -111,7 +113,7 @@ def fit_passes(
             held_out_losses.append(held_out_loss())
         if not held_out_rows or held_out_losses[-1] < held_out_losses[best_pass]:
             best_pass, best_weights = pass_, trained_weights(model)
-        elif pass_ - best_pass >= patience_passes:
+        elif pass_ - max(best_pass, 1) >= patience_passes:
             break
     progress(what, total_steps, total_steps)
     restore_weights(model, best_weights)
