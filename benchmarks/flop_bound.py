@@ -1,0 +1,25 @@
+"""The arithmetic that an update cannot do without, and how fast this machine does it: a lower bound on its seconds."""
+
+import statistics
+import time
+
+import torch
+from torch import nn
+
+
+def num_matrix_parameters(model: nn.Module) -> int:
+    """Parameters that multiply every token: the matrices of the layers, not the embeddings, which are looked up."""
+    embedded = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    return sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in embedded)
+
+
+def flop_per_second(num_tokens: int, width_in: int, width_out: int) -> float:
+    """Measured rate of a product [num_tokens, width_in] × [width_in, width_out] in float32, median of 20."""
+    x, weight = torch.randn(num_tokens, width_in), torch.randn(width_out, width_in)
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(25):
+            started = time.perf_counter()
+            nn.functional.linear(x, weight)
+            seconds.append(time.perf_counter() - started)
+    return 2 * num_tokens * width_in * width_out / statistics.median(seconds[5:])
