@@ -63,7 +63,9 @@ def make_task(folder: Path, num_prompt_tokens: int) -> Policy:
     config = PolicyConfig(hidden_size=128, num_layers=4, max_response_tokens=RESPONSE_TOKENS)
     policy = Policy.tiny([WORDS] * 20, config, seed=0)
     policy.save(folder / "policy")
-    q_function = QFunction.from_policy(folder / "policy", link="identity", num_heads=1, pad_id=policy.pad_id, seed=0)
+    q_function = QFunction.from_policy(
+        policy.model, link="identity", num_heads=1, pad_id=policy.pad_id, lora_rank=0, seed=0
+    )
     card = QFunctionCard(link="identity", gamma=1.0, target="none", policy="random", metrics={})
     q_function.save(folder / "q_function", card, policy.tokenizer)
     generator = np.random.default_rng(0)

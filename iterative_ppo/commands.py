@@ -53,7 +53,7 @@ def run_iterate(config: Config, out: Path, *, resume: bool, console: Console, pr
     console.print(
         f"final policy {records[-1].policy.folder / 'policy'}: {figure['mean']:.3f} "
         f"({figure['low']:.3f} to {figure['high']:.3f}) on {config.evaluation.conversations:,} more conversations"
-        + ("" if not optimum else f", {figure['mean'] / optimum:.0%} of the optimum"),
+        + ("" if optimum is None or optimum <= 0 else f", {figure['mean'] / optimum:.0%} of the optimum"),
         highlight=False,
     )
     console.print(f"learning curve {out / 'learning_curve.png'}", highlight=False)

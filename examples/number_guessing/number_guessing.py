@@ -41,6 +41,14 @@ class NumberGuessing(gymnasium.Env[str, str]):
             reply = "higher" if guess < self.number else "lower"
         return reply, -1.0, guess == self.number, self.num_guesses >= self.max_guesses, {}
 
+    def optimum(self) -> float:
+        """Minus the guesses that halving needs, averaged over the numbers."""
+        guesses = [0.0]  # expected number of them, by how many numbers are left
+        for n in range(1, self.size + 1):
+            left, right = (n - 1) // 2, n // 2
+            guesses.append(1 + (left * guesses[left] + right * guesses[right]) / n)
+        return -guesses[self.size]
+
     def scripted_response(self, messages: Sequence[Mapping[str, str]], generator: np.random.Generator) -> str:
         """A guess drawn evenly from the numbers that the answers so far leave."""
         low, high = 1, self.size
