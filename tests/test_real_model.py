@@ -14,10 +14,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from iterative_ppo import adapters
 from iterative_ppo.config import ImprovementConfig, PolicyConfig
 from iterative_ppo.conversations import Conversation, Message
-from iterative_ppo.improvement.native import improve
+from iterative_ppo.improvement import native
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_function import QFunction, QFunctionCard, TokenValue
-from iterative_ppo.turns_to_tokens import tokenize
+from iterative_ppo.turns_to_tokens import response_sequences, tokenize
 
 CONFIG = PolicyConfig(context_tokens=512, max_response_tokens=8)
 CARD = QFunctionCard(link="logistic", gamma=1.0, target="monte_carlo", policy="logs", metrics={})
@@ -81,7 +81,7 @@ def test_a_conversation_is_one_sequence_and_its_prompts_are_what_the_template_wr
     ]
     conversation = Conversation(id="c", messages=tuple(messages), outcome=1.0, end="terminated")
     turns = tokenize(conversation, policy().renderer)
-    assert len(turns.sequences) == 1
+    assert len(response_sequences(turns)) == 1
     chats = [{"role": message.role, "content": message.content} for message in messages]
     for prompt, num_messages in zip(turns.prompts, (2, 4), strict=True):
         text = policy().tokenizer.apply_chat_template(chats[:num_messages], tokenize=False, add_generation_prompt=True)
@@ -97,26 +97,34 @@ def test_what_is_sampled_is_scored_alike():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_on_one_backbone_raises_the_reward(tmp_path: Path, dtype: torch.dtype):
-    """Policy, anchor, token value and Q on one set of frozen weights; a reward for short answers is learnt."""
+def test_a_step_on_one_backbone_raises_the_reward(tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """Policy, anchor, token value and Q on one set of frozen weights. The reward is the share of tokens with even ids: the
+    probability of such a token must rise, wherever the anchor's responses lead."""
+    monkeypatch.setattr(native, "_NUM_RESPONSES_FOR_KL", 32)
     current = policy(dtype)
     q_function = QFunction.from_policy(
         current.model, link="logistic", num_heads=2, pad_id=current.pad_id, lora_rank=8, seed=0
     )
-    improvement = improve(
+    improvement = native.improve(
         current,
         prompts(8),
-        lambda _, responses: torch.tensor([float(len(response) < 8) for response in responses]),
+        lambda _, responses: torch.tensor([float(np.mean([token % 2 == 0 for token in r])) for r in responses]),
         ImprovementConfig(
-            num_updates=3, prompts_per_update=8, num_samples=4, num_minibatches=1, learning_rate=1e-3, kl_target=20.0
+            num_updates=3, prompts_per_update=8, num_samples=4, num_minibatches=1, learning_rate=5e-4, kl_target=20.0
         ),
         token_value=TokenValue(q_function),
         generator=np.random.default_rng(0),
         tokens_per_batch=TOKENS,
     )
-    first, *_, last = improvement.updates
-    assert first.kl == pytest.approx(0, abs=1e-4)
-    assert last.reward_mean > first.reward_mean
+    assert improvement.updates[0].kl == pytest.approx(0, abs=1e-4)
+    responses = current.respond(prompts(8), np.random.default_rng(1).random((8, 8)))
+
+    def even_probability(policy: Policy) -> float:
+        with torch.no_grad():
+            batches = policy.response_logits(prompts(8), responses, tokens_per_batch=TOKENS)
+            return float(torch.cat([b.logits_NV.softmax(-1)[:, ::2].sum(-1) for b in batches]).mean())
+
+    assert even_probability(improvement.candidate) > even_probability(current) + 0.005
 
     frozen = {p.data_ptr() for p in current.model.parameters()}
     for model in (improvement.candidate.model, q_function.model.base_model):
