@@ -225,6 +225,18 @@ def improve(
 
 
 @cli.command()
+@click.argument("folder", type=_FILE, metavar="FOLDER")
+@click.option("--out", required=True, type=_FILE, help="Folder for the plain model.")
+@_common
+def merge(folder: Path, out: Path, config_path: Path | None, assignments: Sequence[str], as_json: bool) -> None:
+    """Write the adapter of a policy or a Q-function and its base model as one plain model."""
+    config = _configuration(config_path, assignments)
+    from iterative_ppo import commands
+
+    _finish(commands.run_merge(config, folder, out, console=_stdout()), as_json)
+
+
+@cli.command()
 @_policy
 @click.option("--against", help="Another policy, compared on the same customers.")
 @_common

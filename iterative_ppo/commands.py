@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from iterative_ppo import report
+from iterative_ppo.adapters import base_of
 from iterative_ppo.config import Config
 from iterative_ppo.conversation_log import BadLines, read_conversations, write_conversations
 from iterative_ppo.conversations import Conversation, Message, chat_messages
@@ -20,7 +22,7 @@ from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, load_pol
 from iterative_ppo.intervals import mean_interval
 from iterative_ppo.policy import Policy
 from iterative_ppo.policy_iteration import IterationRecord, iterate
-from iterative_ppo.q_function import QFunction
+from iterative_ppo.q_function import QFunction, load_card
 from iterative_ppo.ranking import rank_within_states
 from iterative_ppo.run_directory import RunDirectory, to_json, write_json
 from iterative_ppo.stages import Stages, gate, total_reward
@@ -220,6 +222,23 @@ def run_improve(
         highlight=False,
     )
     return metrics | {"policy": str(out / "policy")}
+
+
+def run_merge(config: Config, source: Path, out: Path, *, console: Console) -> dict[str, Any]:
+    """A plain folder from a policy's or a Q-function's adapter folder."""
+    is_q_function = (source / "q_function.json").is_file()
+    folder = source if is_q_function or not (source / "policy").is_dir() else source / "policy"
+    base = base_of(folder)
+    if base is None:
+        raise ValueError(f"{folder}: holds no adapter: there is nothing to merge")
+    empty_folder(out)
+    if is_q_function:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        QFunction.load(folder).merged().save(out, load_card(folder), tokenizer)
+    else:
+        Policy.load(folder, config.policy).merged().save(out)
+    console.print(f"{out}: {folder} merged into {base}", highlight=False)
+    return {"out": str(out), "base": base}
 
 
 def run_evaluate(

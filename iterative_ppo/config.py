@@ -217,6 +217,8 @@ class Config(_Section):
         _Section.__post_init__(self)
         if self.q_function.loss == "binary_cross_entropy" and self.q_function.link != "logistic":
             raise ConfigError('q_function.loss: "binary_cross_entropy" needs q_function.link = "logistic"')
+        if self.compute.dtype != "float32" and self.policy.lora_rank == 0:
+            raise ConfigError('compute.dtype: "bfloat16" is for frozen weights, and policy.lora_rank = 0 freezes none')
         if self.improvement.algorithm != "ppo" and self.improvement.num_samples < 2:
             raise ConfigError(
                 f"improvement.num_samples: {self.improvement.algorithm} compares responses, give at least 2"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from iterative_ppo.adapters import is_frozen
 from iterative_ppo.config import Config, QFunctionConfig
 from iterative_ppo.conversation_log import read_conversations
 from iterative_ppo.conversations import (
@@ -76,6 +77,9 @@ def start_policy(config: Config, logs: Path | None, *, with_outcomes: bool, seed
         policy = Policy.tiny(texts, config.policy, seed=seed, device=resolve_device(config.compute.device))
     else:
         policy = load_policy(config, config.policy.start)
+        if is_frozen(policy.model):
+            # An adapter that changes nothing yet: that is kept, and not one more copy of the weights.
+            policy = policy.branch(seed=seed)
     metrics: dict[str, Any] = {"num_parameters": policy.num_parameters}
     if not conversations or config.policy.clone_passes == 0:
         return Start(policy=policy, q_function=None, metrics=metrics)
@@ -93,7 +97,6 @@ def start_policy(config: Config, logs: Path | None, *, with_outcomes: bool, seed
             progress=progress,
         )
         return Start(policy=policy, q_function=q_function, metrics=metrics | {"clone": to_json(history)})
-    policy = policy.branch(seed=seed)
     sequences = [
         (sequence, conversation.id)
         for conversation in conversations

@@ -26,6 +26,7 @@ from iterative_ppo.adapters import (
     has_adapter,
     is_frozen,
     load_adapter,
+    merged,
     name_of,
     save_adapter,
     without_adapter,
@@ -139,6 +140,10 @@ class QFunction(nn.Module):
         save_file({"heads": self.heads.detach().cpu().contiguous()}, folder / "heads.safetensors")
         text = json.dumps({"schema": 1, **asdict(card)}, indent=1, allow_nan=False)
         (folder / "q_function.json").write_text(text + "\n", encoding="utf-8")
+
+    def merged(self) -> "QFunction":
+        """The same Q-function as a plain model, all weights its own."""
+        return QFunction(merged(self.model), link=self.link, heads=self.heads.detach().clone())
 
     @property
     def device(self) -> torch.device:

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from logs import assistant, record, user, write_lines
 from peft import PeftModel
+from rich.console import Console
 from test_improvement import PROMPTS, LetterValue, config_of, says_a
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from iterative_ppo import adapters
+from iterative_ppo import adapters, commands
+from iterative_ppo import config as config_module
 from iterative_ppo import policy as policy_module
 from iterative_ppo.improvement.native import _Learner, improve, sample_rollout
 from iterative_ppo.policy import Policy
@@ -192,6 +195,50 @@ def test_the_adapter_of_another_model_is_refused_in_one_line(base: Path, tmp_pat
     with pytest.raises(ValueError, match=r"not the adapter of|not found in the base model") as caught:
         load(tmp_path / "candidate")
     assert "\n" not in str(caught.value)
+
+
+def test_a_step_from_logs_through_adapters(base: Path, tmp_path: Path):
+    """Every stage of `ippo step`: adapters are fitted, saved, loaded on the policy's backbone, and at the end merged into plain folders that give the same values."""
+    texts = [("a b", "c d", 1.0), ("c d", "a a", 0.0)] * 10
+    log = write_lines(
+        tmp_path / "log.jsonl",
+        *(record(user(said), assistant(answer), id=f"c{i}", outcome=o) for i, (said, answer, o) in enumerate(texts)),
+    )
+    config = config_module.from_dict(
+        {
+            "policy": {"start": str(base), "lora_rank": 4, "context_tokens": 128, "max_response_tokens": 4},
+            "q_function": {"num_heads": 2, "max_passes": 2},
+            "improvement": {"num_updates": 1, "prompts_per_update": 8, "learning_rate": 1e-2, "kl_target": 9.0},
+        }
+    )
+    console, quiet = Console(quiet=True), lambda *_: None
+    result = commands.run_step(
+        config,
+        log,
+        tmp_path / "run",
+        num_folds=2,
+        group=None,
+        bad_lines="error",
+        resume=False,
+        console=console,
+        progress=quiet,
+    )
+    assert np.isfinite(result["grade"]["q_gain"]["mean"])
+    for folder in ("start/policy", "improve/policy", "fit/q_function", "grader/q_function"):
+        assert adapters.base_of(tmp_path / "run" / folder) == str(base.resolve())
+    assert logprobs(load(tmp_path / "run/start/policy")) == logprobs(load(base)), "the start policy is the base model"
+
+    commands.run_merge(config, tmp_path / "run" / "improve", tmp_path / "policy", console=console)
+    commands.run_merge(config, tmp_path / "run" / "fit" / "q_function", tmp_path / "q", console=console)
+    plain = Policy.load(tmp_path / "policy", config.policy)
+    assert logprobs(plain) == pytest.approx(logprobs(load(tmp_path / "run/improve/policy")), abs=1e-5)
+    q_values = [
+        QFunction.load(folder).values(PROMPTS, RESPONSES, tokens_per_batch=TOKENS)
+        for folder in (tmp_path / "q", tmp_path / "run/fit/q_function")
+    ]
+    np.testing.assert_allclose(*q_values, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="holds no adapter"):
+        commands.run_merge(config, tmp_path / "policy", tmp_path / "again", console=console)
 
 
 # --- bfloat16 -----------------------------------------------------------------------------------------------
