@@ -870,7 +870,14 @@ def test_the_fit_does_not_depend_on_the_scale_and_the_origin_of_the_reward(
     logs = make_logs(240, by_response, seed=13)
     sequences = [dataclasses.replace(s, returns=tuple(scale * r + offset for r in s.returns)) for s in logs.sequences]
     q_function = new_q_function(folders["llama"], link="identity")
-    fit(q_function, Logs(sequences=sequences, chance=logs.chance), num_train=180, loss="squared_error", max_passes=6)
+    fit(
+        q_function,
+        Logs(sequences=sequences, chance=logs.chance),
+        num_train=180,
+        loss="squared_error",
+        max_passes=6,
+        patience_passes=6,
+    )
     read = predict(q_function, sequences, tokens_per_batch=TOKENS)
     assert float(np.mean(read.q_value)) == pytest.approx(scale * np.mean(logs.chance) + offset, abs=0.1 * scale)
     assert np.corrcoef(read.q_value, logs.chance)[0, 1] > 0.8
