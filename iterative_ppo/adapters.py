@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-CONFIG_FILE = "adapter_config.json"
+_CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -96,11 +96,11 @@ def name_of(model: PreTrainedModel) -> str:
 
 def base_of(folder: str | Path) -> str | None:
     """The name of the model that an adapter folder belongs to; None where the folder holds no adapter."""
-    if not (Path(folder) / CONFIG_FILE).is_file():
+    if not (Path(folder) / _CONFIG_FILE).is_file():
         return None
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base:
-        raise ValueError(f"{Path(folder) / CONFIG_FILE}: base_model_name_or_path is missing")
+        raise ValueError(f"{Path(folder) / _CONFIG_FILE}: base_model_name_or_path is missing")
     return str(base)
 
 

@@ -18,7 +18,7 @@ from iterative_ppo.conversations import Conversation, Message, chat_messages
 from iterative_ppo.cross_validation import cross_validate, group_names
 from iterative_ppo.environments import TextEnvironment, make_environment
 from iterative_ppo.environments.rollout import RolloutStatistics, collect
-from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, load_policy, resolve_device
+from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, load_policy, load_q_function
 from iterative_ppo.intervals import mean_interval
 from iterative_ppo.policy import Policy
 from iterative_ppo.policy_iteration import IterationRecord, iterate
@@ -204,7 +204,7 @@ def run_improve(
 ) -> dict[str, Any]:
     """One improvement step on the prompts of logs."""
     policy = load(config, policy_source)
-    q_function = load_q_function(config, q_source, policy)
+    q_function = load_q_function(q_source, policy)
     conversations = list(read_conversations(logs, bad_lines=bad_lines))
     empty_folder(out)
     metrics = improve_from_logs(
@@ -227,7 +227,7 @@ def run_improve(
 def run_merge(config: Config, source: Path, out: Path, *, console: Console) -> dict[str, Any]:
     """A plain folder from a policy's or a Q-function's adapter folder."""
     is_q_function = (source / "q_function.json").is_file()
-    folder = source if is_q_function or not (source / "policy").is_dir() else source / "policy"
+    folder = str(source) if is_q_function else policy_folder(str(source))
     base = base_of(folder)
     if base is None:
         raise ValueError(f"{folder}: holds no adapter: there is nothing to merge")
@@ -295,7 +295,7 @@ def run_rank(
     policy = load(config, policy_source)
     ranking = rank_within_states(
         policy,
-        load_q_function(config, q_source, policy),
+        load_q_function(q_source, policy),
         environment_maker(config),
         num_states=num_states,
         num_responses=num_responses,
@@ -321,7 +321,7 @@ def run_chat(
 ) -> Conversation:
     """A person plays the customer; returns what was said."""
     policy = load(config, policy_source)
-    q_function = load_q_function(config, q_source, policy) if q_source else None
+    q_function = load_q_function(q_source, policy) if q_source else None
     generator = np.random.default_rng(config.seed)
     messages = [Message(role="system", content=system)] if system else []
     while (text := ask()) is not None:
@@ -340,13 +340,13 @@ def run_chat(
 
 def load(config: Config, source: str) -> Policy:
     """A policy from a hub id or a folder; also from a stage's folder that holds one."""
+    return load_policy(config, policy_folder(source))
+
+
+def policy_folder(source: str) -> str:
+    """Where a policy's weights are: the source itself, or the `policy` in a stage's folder."""
     inner = Path(source) / "policy"
-    return load_policy(config, inner if inner.is_dir() else source)
-
-
-def load_q_function(config: Config, source: str, policy: Policy) -> QFunction:
-    """A Q-function from its folder, on the policy's frozen weights where it was fitted on them."""
-    return QFunction.load(source, device=resolve_device(config.compute.device), backbone=policy.model)
+    return str(inner) if inner.is_dir() else source
 
 
 def environment_maker(config: Config) -> Callable[[], TextEnvironment]:

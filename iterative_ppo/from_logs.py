@@ -161,7 +161,7 @@ def fit_q_from_logs(
     if len({sequence.group for sequence in sequences}) < 4:
         raise ValueError("fewer than four conversations with a known outcome: no Q-function can be fitted")
     if start is not None:
-        q_function = QFunction.load(start, backbone=policy.model)
+        q_function = load_q_function(start, policy)
     else:
         q_function = QFunction.from_policy(
             policy.model,
@@ -171,7 +171,6 @@ def fit_q_from_logs(
             lora_rank=config.policy.lora_rank,
             seed=seed,
         )
-    q_function.to(policy.device)
     held_out = split_by_group(
         [sequence.group for sequence in sequences], held_out_share=q_config.held_out_share, seed=seed
     )
@@ -305,6 +304,11 @@ def load_policy(config: Config, source: str | Path) -> Policy:
         device=resolve_device(config.compute.device),
         dtype=getattr(torch, config.compute.dtype),
     )
+
+
+def load_q_function(folder: str | Path, policy: Policy) -> QFunction:
+    """A Q-function from its folder, beside a policy and on its frozen weights where it was fitted on them."""
+    return QFunction.load(folder, device=str(policy.device), backbone=policy.model)
 
 
 def resolve_device(device: str) -> str:

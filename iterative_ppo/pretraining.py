@@ -37,8 +37,7 @@ def clone_with_outcomes(
         The Q-function, which shares the policy's trunk until one of them is saved, and the history of the likelihood.
     """
     q_function = QFunction.on_trunk(
-        policy.model.config,
-        policy.model.base_model,
+        policy.model,
         link=config.q_function.link,
         num_heads=config.q_function.num_heads,
         pad_id=policy.pad_id,

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from iterative_ppo.adapters import (
@@ -82,18 +82,15 @@ class QFunction(nn.Module):
         Args:
             lora_rank: of a new adapter, where all of the policy's weights are frozen.
         """
-        trunk = copy_sharing_frozen(policy.base_model)
-        q_function = cls.on_trunk(policy.config, trunk, link=link, num_heads=num_heads, pad_id=pad_id, seed=seed)
-        if is_frozen(trunk):
+        q_function = cls.on_trunk(copy_sharing_frozen(policy), link=link, num_heads=num_heads, pad_id=pad_id, seed=seed)
+        if is_frozen(policy):
             add_adapter(q_function.model, rank=lora_rank, seed=seed)
         return q_function
 
     @classmethod
-    def on_trunk(
-        cls, config: PretrainedConfig, trunk: nn.Module, *, link: Link, num_heads: int, pad_id: int, seed: int
-    ) -> "QFunction":
-        """A new Q-function around a trunk, the trunk itself and not a copy of it, with small random heads."""
-        model = _classifier_around(config, trunk)
+    def on_trunk(cls, policy: PreTrainedModel, *, link: Link, num_heads: int, pad_id: int, seed: int) -> "QFunction":
+        """A new Q-function that shares the trunk of a policy's model, not a copy of it, with small random heads."""
+        model = _classifier_around(policy)
         model.config.pad_token_id = pad_id
         generator = torch.Generator().manual_seed(seed)
         heads = 0.02 * torch.randn(num_heads, model.config.get_text_config().hidden_size, generator=generator)
@@ -112,7 +109,7 @@ class QFunction(nn.Module):
             if base is None:
                 model = _load_classifier(folder)
             elif backbone is not None and name_of(backbone) == base:
-                model = _classifier_around(backbone.config, without_adapter(backbone).base_model)
+                model = _classifier_around(without_adapter(backbone))
             else:
                 model = _load_classifier(base)
             if base is not None:
@@ -254,15 +251,14 @@ def _padded_by_another_than_its_end(tokenizer: PreTrainedTokenizerBase) -> PreTr
     return tokenizer
 
 
-def _classifier_around(config: PretrainedConfig, trunk: nn.Module) -> PreTrainedModel:
-    """A sequence classifier with one label whose trunk is the given one, the same and not a copy."""
-    config = copy.deepcopy(config)
+def _classifier_around(policy: PreTrainedModel) -> PreTrainedModel:
+    """A sequence classifier with one label on the trunk of a policy's model, the same and not a copy."""
+    config = copy.deepcopy(policy.config)
     config.num_labels = 1
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
-    device = next(trunk.parameters()).device
-    model.score = nn.Linear(model.score.in_features, 1, bias=False, device=device, dtype=torch.float32)
-    setattr(model, model.base_model_prefix, trunk)
+    model.score = nn.Linear(model.score.in_features, 1, bias=False, device=policy.device, dtype=torch.float32)
+    setattr(model, model.base_model_prefix, policy.base_model)
     return model
 
 

@@ -12,10 +12,16 @@ from iterative_ppo.conversation_log import read_conversations, write_conversatio
 from iterative_ppo.conversations import Conversation, turn_rewards
 from iterative_ppo.environments import ScriptedEnvironment, TextEnvironment
 from iterative_ppo.environments.rollout import RolloutStatistics, collect, collect_scripted
-from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, load_policy, resolve_device, start_policy
+from iterative_ppo.from_logs import (
+    fit_q_from_logs,
+    improve_from_logs,
+    load_policy,
+    load_q_function,
+    resolve_device,
+    start_policy,
+)
 from iterative_ppo.intervals import Interval, clustered_interval, mean_interval
 from iterative_ppo.policy import Policy
-from iterative_ppo.q_function import QFunction
 from iterative_ppo.run_directory import RunDirectory, Stage, to_json
 from iterative_ppo.supervised import Progress
 
@@ -77,7 +83,7 @@ class Stages:
         self.config: Config = directory.config
         self.make_environment = make_environment
         self.progress = progress
-        self.device = resolve_device(self.config.compute.device)
+        resolve_device(self.config.compute.device)  # a device that is not there is found before any work is done
 
     def start(self) -> Stage:
         """π_0: a model cloned from logs, or a pretrained one as it is."""
@@ -140,7 +146,7 @@ class Stages:
             return improve_from_logs(
                 self.config,
                 current,
-                QFunction.load(q_function.folder / "q_function", device=self.device, backbone=current.model),
+                load_q_function(q_function.folder / "q_function", current),
                 _read_batches(batches),
                 folder,
                 seed=self._seed(iteration, _IMPROVE),

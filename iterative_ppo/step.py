@@ -12,7 +12,14 @@ from iterative_ppo.config import ConfigError
 from iterative_ppo.conversation_log import BadLines, read_conversations, write_conversations
 from iterative_ppo.conversations import Conversation, split_by_group
 from iterative_ppo.cross_validation import cross_validate, group_names
-from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, load_policy, resolve_device, start_policy
+from iterative_ppo.from_logs import (
+    fit_q_from_logs,
+    improve_from_logs,
+    load_policy,
+    load_q_function,
+    resolve_device,
+    start_policy,
+)
 from iterative_ppo.intervals import clustered_interval
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_function import QFunction
@@ -60,7 +67,7 @@ class Step:
         self.config = directory.config
         self.logs = logs
         self.progress = progress
-        self.device = resolve_device(self.config.compute.device)
+        resolve_device(self.config.compute.device)  # a device that is not there is found before any work is done
         self.conversations = list(conversations)
         self.groups = group_names(self.conversations, group)
         is_grader = split_by_group(self.groups, held_out_share=0.5, seed=self._seed(0))
@@ -190,7 +197,7 @@ class Step:
         return load_policy(self.config, stage.folder / "policy")
 
     def _q_function(self, stage: Stage, policy: Policy) -> QFunction:
-        return QFunction.load(stage.folder / "q_function", device=self.device, backbone=policy.model)
+        return load_q_function(stage.folder / "q_function", policy)
 
     def _seed(self, key: int) -> int:
         return int(np.random.SeedSequence([self.config.seed, 0, key]).generate_state(1)[0])
