@@ -6,23 +6,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_PADDED_PER_TOKEN = 1.5
+
 
 def micro_batches(lengths: Sequence[int], *, tokens_per_batch: int) -> list[list[int]]:
     """Splits rows into batches whose padded size stays within a number of tokens (a longer row goes alone).
 
-    Rows are sorted by length first and share a batch with none less than half as long, so that little is padded.
-    Returns the row indices of each batch.
+    Rows are sorted by length first, and at most a third of a batch is padding: a batch has a cost of its own too, and
+    for small models that is more than the padding's. Returns the row indices of each batch.
     """
     batches: list[list[int]] = []
+    num_tokens = 0
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if (
-            batches
-            and lengths[row] * (len(batches[-1]) + 1) <= tokens_per_batch
-            and lengths[row] <= 2 * lengths[batches[-1][0]]
-        ):
+        padded = lengths[row] * (len(batches[-1]) + 1) if batches else 0
+        if batches and padded <= tokens_per_batch and padded <= _PADDED_PER_TOKEN * (num_tokens + lengths[row]):
             batches[-1].append(row)
+            num_tokens += lengths[row]
         else:
             batches.append([row])
+            num_tokens = lengths[row]
     return batches
 
 

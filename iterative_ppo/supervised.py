@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iterative_ppo.batching import micro_batches
+from iterative_ppo.muon import Muon
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, how much of it is done, and out of how much."""
@@ -167,10 +168,7 @@ class _ScheduledOptimizer:
             torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.01, fused=True)
         ]
         if matrices:
-            # Scaled to the size of AdamW's steps: one learning rate means the same to both.
-            self.optimizers.append(
-                torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-            )
+            self.optimizers.append(Muon(matrices, lr=learning_rate, weight_decay=0.01))
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, share_of_peak) for o in self.optimizers]
 
     def step(self) -> None:

@@ -1,11 +1,13 @@
 """Fitting in passes: which optimizer fits what."""
 
 import numpy as np
+import pytest
 import tiny
 import torch
 from torch import Tensor, nn
 
 from iterative_ppo.batching import micro_batches
+from iterative_ppo.muon import Muon
 from iterative_ppo.supervised import fit_passes, hidden_matrices
 
 RATE = 0.1
@@ -90,11 +92,34 @@ def test_a_step_holds_rows_of_all_lengths():
     assert 0.2 < np.std(means) / np.std(lengths) < 0.5
 
 
-def test_micro_batches_hold_rows_of_similar_length():
-    """Padded sizes within the budget of 40: 3 x 10; 12 would need 4 x 12 = 48; 50 goes alone, though beyond the budget; 2 is less than half of 10."""
-    lengths = [10, 2, 50, 9, 12, 10, 2]
-    batches = micro_batches(lengths, tokens_per_batch=40)
-    assert [[lengths[row] for row in batch] for batch in batches] == [[2, 2], [9, 10, 10], [12], [50]]
+def test_a_third_of_a_micro_batch_is_padding_at_most():
+    """Within the budget of 60: 2, 2 and 9 would be 27 for 13 tokens; 9, 10, 10 and 13 are 52 for 42, and the other 13
+    would make it 65, beyond the budget; 13 and 50 are 100; 50 goes alone, and so does 70, though beyond the budget."""
+    lengths = [10, 2, 50, 9, 13, 10, 2, 13, 70]
+    batches = micro_batches(lengths, tokens_per_batch=60)
+    assert [[lengths[row] for row in batch] for batch in batches] == [[2, 2], [9, 10, 10, 13], [13], [50], [70]]
+    assert micro_batches([4, 2], tokens_per_batch=60) == [[1, 0]]  # 8 for 6
+    assert micro_batches([9, 2], tokens_per_batch=60) == [[1], [0]]  # 18 for 11
+
+
+@pytest.mark.parametrize("shapes", [[(6, 6), (6, 6), (12, 6), (6, 12), (12, 6)], [(8, 3)], [(1, 5), (5, 1)]])
+def test_muon_takes_the_steps_of_pytorchs_muon(shapes: list[tuple[int, int]]):
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    optimizers = [
+        Muon(ours, lr=0.01, weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(5):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, other, matrix in zip(ours, theirs, start, strict=True):
+        assert (mine - matrix).abs().mean() > 0.003
+        torch.testing.assert_close(mine, other, rtol=0, atol=2e-4)  # a bfloat16 has 8 bits of a step's .002
 
 
 def test_hidden_matrices_are_the_layers_weights_and_nothing_else():
