@@ -37,13 +37,6 @@ def is_frozen(module: nn.Module) -> bool:
     return not any(p.requires_grad for p in module.parameters())
 
 
-def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
-    """Gives parameters that are not trained another type, in place."""
-    for parameter in module.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-
-
 def has_adapter(model: PreTrainedModel) -> bool:
     """Whether LoRA layers are in the model."""
     return next(_lora_layers(model), None) is not None

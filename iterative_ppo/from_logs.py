@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from iterative_ppo.activation_checkpointing import keep_no_activations
 from iterative_ppo.adapters import is_frozen
 from iterative_ppo.config import Config, QFunctionConfig
 from iterative_ppo.conversation_log import read_conversations
@@ -75,6 +76,8 @@ def start_policy(config: Config, logs: Path | None, *, with_outcomes: bool, seed
             raise ValueError('policy.logs: policy.start = "tiny" needs conversations to learn its language from')
         texts = (message["content"] for c in conversations for message in chat_messages(c.messages))
         policy = Policy.tiny(texts, config.policy, seed=seed, device=resolve_device(config.compute.device))
+        if config.compute.checkpoint_activations:
+            keep_no_activations(policy.model)
     else:
         policy = load_policy(config, config.policy.start)
         if is_frozen(policy.model):
@@ -303,6 +306,7 @@ def load_policy(config: Config, source: str | Path) -> Policy:
         config.policy,
         device=resolve_device(config.compute.device),
         dtype=getattr(torch, config.compute.dtype),
+        checkpoint_activations=config.compute.checkpoint_activations,
     )
 
 

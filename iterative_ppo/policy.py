@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from iterative_ppo import adapters
+from iterative_ppo.activation_checkpointing import gradient_pass, keep_no_activations
 from iterative_ppo.batching import pad_right
 from iterative_ppo.config import PolicyConfig
 from iterative_ppo.losses import token_logprobs
@@ -83,7 +85,13 @@ class Policy:
 
     @classmethod
     def load(
-        cls, source: str | Path, config: PolicyConfig, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        source: str | Path,
+        config: PolicyConfig,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        checkpoint_activations: bool = False,
     ) -> "Policy":
         """Loads a hub id or a folder, of a whole model or of an adapter.
 
@@ -91,6 +99,7 @@ class Policy:
 
         Args:
             dtype: of frozen weights; trained ones are float32.
+            checkpoint_activations: see `activation_checkpointing`.
 
         Raises:
             ValueError: with one line where there is no such model.
@@ -98,8 +107,9 @@ class Policy:
         try:
             base = adapters.base_of(source)
             tokenizer = AutoTokenizer.from_pretrained(source)
+            freezes = base is not None or _is_trained_by_adapter(source, config)
             model, loading = AutoModelForCausalLM.from_pretrained(
-                base or source, dtype=torch.float32, output_loading_info=True
+                base or source, dtype=dtype if freezes else torch.float32, output_loading_info=True
             )
             if base is not None:
                 adapters.load_adapter(model, source)
@@ -109,11 +119,11 @@ class Policy:
         missing = sorted(loading["missing_keys"])
         if missing:
             raise ValueError(f"policy {str(source)!r} cannot be loaded: it lacks the weights {', '.join(missing[:3])}")
-        policy = cls(model.to(device), tokenizer, config)
-        if base is None and config.lora_rank and policy.num_parameters >= _SMALLEST_FOR_ADAPTERS:
-            model.requires_grad_(False)
-        adapters.cast_frozen(model, dtype)
-        return policy
+        if base is None:
+            model.requires_grad_(not freezes)
+        if checkpoint_activations:
+            keep_no_activations(model)
+        return cls(model.to(device), tokenizer, config)
 
     @classmethod
     def tiny(cls, texts: Iterable[str], config: PolicyConfig, *, seed: int, device: str = "cpu") -> "Policy":
@@ -313,10 +323,12 @@ class Policy:
 
     def _logits_at(self, choose: Callable[[Tensor], Tensor], **inputs: Tensor) -> Tensor:
         """Logits [N, V] at the positions that `choose` takes from hidden states [B, S, D] (or logits [B, S, V])."""
-        if not self._has_plain_head:
-            return choose(self.model(**inputs, use_cache=False).logits).float() / self.temperature
-        hidden_ND = choose(self.model.base_model(**inputs, use_cache=False).last_hidden_state)
-        return self.model.get_output_embeddings()(hidden_ND).float() / self.temperature
+        has_plain_head = self._has_plain_head
+        with gradient_pass(self.model):
+            if not has_plain_head:
+                return choose(self.model(**inputs, use_cache=False).logits).float() / self.temperature
+            hidden_ND = choose(self.model.base_model(**inputs, use_cache=False).last_hidden_state)
+            return self.model.get_output_embeddings()(hidden_ND).float() / self.temperature
 
     def _negative_log_likelihood(
         self, sequences: Sequence[TurnSequence]
@@ -357,6 +369,15 @@ def response_targets(sequences: Sequence[tuple[TokenIds, Sequence[tuple[int, int
         precedes_target_BT=precedes_BT,
         target_N=token_BT.roll(-1, dims=1)[precedes_BT],
     )
+
+
+def _is_trained_by_adapter(source: str | Path, config: PolicyConfig) -> bool:
+    """Whether a whole model is so large that an adapter of it is trained instead of its weights."""
+    if not config.lora_rank:
+        return False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    return sum(p.numel() for p in model.parameters()) >= _SMALLEST_FOR_ADAPTERS
 
 
 def _sampling_chunks(prompts: Sequence[TokenIds]) -> Iterator[list[list[int]]]:

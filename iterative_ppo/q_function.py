@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from iterative_ppo.activation_checkpointing import gradient_pass, keep_no_activations
 from iterative_ppo.adapters import (
     add_adapter,
     base_of,
@@ -101,7 +102,8 @@ class QFunction(nn.Module):
         """Loads a checkpoint of `save`; a plain one-label checkpoint without our JSON is refused by name.
 
         Args:
-            backbone: a model whose frozen weights are shared if the checkpoint is an adapter of them.
+            backbone: a model whose frozen weights are shared if the checkpoint is an adapter of them, and which says
+                whether activations are kept.
         """
         card = load_card(folder)
         try:
@@ -114,6 +116,8 @@ class QFunction(nn.Module):
                 model = _load_classifier(base)
             if base is not None:
                 load_adapter(model, folder)
+            if backbone is not None and backbone.is_activation_checkpointing:
+                keep_no_activations(model)
             heads = load_file(Path(folder) / "heads.safetensors")["heads"]
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -151,14 +155,16 @@ class QFunction(nn.Module):
 
         Padding needs no mask there: no real token sees what comes after it.
         """
-        output = self.model.base_model(input_ids=token_BT.to(self.device), use_cache=False)
+        with gradient_pass(self.model):
+            output = self.model.base_model(input_ids=token_BT.to(self.device), use_cache=False)
         return output.last_hidden_state.float()
 
     def hidden_of_trees(self, batch: TreeBatch) -> Tensor:
         """The trunk's last hidden states [B, T, hidden] of prompts that share their prefixes, float32."""
 
         def call(**inputs: Tensor) -> Tensor:
-            hidden_BTD: Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            with gradient_pass(self.model):
+                hidden_BTD: Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state
             return hidden_BTD.float()
 
         return run_trees(call, batch, device=self.device, dtype=self.model.dtype)

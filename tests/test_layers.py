@@ -15,6 +15,7 @@ PACKAGE = Path(iterative_ppo.__file__).parent
 LAYERS: list[dict[str, str]] = [
     {  # 0: concepts
         "config": "",
+        "entry_points": "",
         "conversations": "",
         "conversation_checks": "conversations",
         "conversation_log": "conversation_checks conversations",
@@ -25,21 +26,22 @@ LAYERS: list[dict[str, str]] = [
         "intervals": "",
     },
     {  # 1: models
+        "activation_checkpointing": "",
         "adapters": "",
         "rendering": "",
         "sampling": "losses rendering",
         "muon": "",
         "supervised": "batching muon",
         "shared_prefix": "batching",
-        "policy": "adapters batching config losses rendering sampling shared_prefix supervised",
-        "q_function": "adapters batching losses shared_prefix",
+        "policy": "activation_checkpointing adapters batching config losses rendering sampling shared_prefix supervised",
+        "q_function": "activation_checkpointing adapters batching losses shared_prefix",
         "q_fit": "batching config losses q_function supervised",
         "q_report": "intervals q_fit",
         "text_baseline": "conversations",
     },
     {  # 2: one half of an iteration each
         "improvement": "adapters batching config losses policy rendering shared_prefix supervised",
-        "environments": "conversations policy supervised",
+        "environments": "conversations entry_points policy supervised",
     },
     {  # 3: turns meet tokens; may import all of the layers below, and of this one what is named
         "turns_to_tokens": "",
@@ -51,7 +53,8 @@ LAYERS: list[dict[str, str]] = [
         "cross_validation": "from_logs turns_to_tokens",
         "step": "cross_validation from_logs run_directory turns_to_tokens",
         "ranking": "",
-        "report": "policy_iteration ranking",
+        "conformance": "",
+        "report": "conformance policy_iteration ranking",
         "tables": "",
         "serve": "run_directory turns_to_tokens",
     },
