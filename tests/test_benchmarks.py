@@ -1,0 +1,47 @@
+"""The benchmarks run and end with the line that a reader relies on: smallest sizes, no figure is judged."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def last_line(script: str, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["q_fit", "rollout"])
+def test_two_ways_side_by_side(script: str):
+    result = last_line(script, "--turns", "1", "2", "--conversations", "4", "--repetitions", "1")
+    assert [row["turns"] for row in result["rows"]] == [1, 2]
+    assert result["ratio"] == result["rows"][-1]["ratio"] > 0
+
+
+@pytest.mark.slow
+def test_where_the_time_of_the_loop_goes():
+    small = {
+        "policy.scripted_conversations": 64,
+        "policy.hidden_size": 32,
+        "iterations.conversations": 32,
+        "evaluation.conversations": 8,
+        "improvement.num_updates": 1,
+        "improvement.prompts_per_update": 16,
+    }
+    settings = [part for name, value in small.items() for part in ("--set", f"{name}={value}")]
+    result = last_line("loop", *settings)
+    stages = {row["stage"]: row for row in result["stages"]}
+    assert list(stages) == ["start", "collect", "fit", "improve", "evaluate", "all"]
+    assert all(row["flop"] > 1e6 and row["seconds"] > 0 for row in stages.values())
+    assert stages["all"]["flop"] == sum(row["flop"] for name, row in stages.items() if name != "all")
+    assert result["ratio"] == pytest.approx(
+        stages["all"]["flop"] / result["flop_per_second"] / stages["all"]["seconds"]
+    )
