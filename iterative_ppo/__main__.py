@@ -290,6 +290,27 @@ def rank(
 
 
 @cli.command()
+@click.option(
+    "--backend",
+    default="native",
+    show_default=True,
+    metavar="native|package.module:function",
+    help="The improvement step to check; see `iterative_ppo.conformance.Backend`.",
+)
+@_common
+def conformance(backend: str, config_path: Path | None, assignments: Sequence[str], as_json: bool) -> None:
+    """Check an improvement step against problems whose best policy is known. Exit code 1 where it fails."""
+    config = _configuration(config_path, assignments)
+    from iterative_ppo import commands
+
+    with _progress() as progress:
+        result = commands.run_conformance(config, backend, progress=progress, console=_stdout())
+    _finish(result, as_json)
+    if not result["passed"]:
+        sys.exit(_EXIT_FAILED)
+
+
+@cli.command()
 @_policy
 @click.option("--q", "q_function", type=_FILE, help="Folder of a Q-function; shows Q of each reply.")
 @click.option("--system", help="System message.")

@@ -13,9 +13,11 @@ from transformers.utils import logging as transformers_logging
 from iterative_ppo import report
 from iterative_ppo.adapters import base_of
 from iterative_ppo.config import Config
+from iterative_ppo.conformance import Backend, check_backend, native_backend
 from iterative_ppo.conversation_log import BadLines, read_conversations, write_conversations
 from iterative_ppo.conversations import Conversation, Message, chat_messages
 from iterative_ppo.cross_validation import cross_validate, group_names
+from iterative_ppo.entry_points import import_named
 from iterative_ppo.environments import TextEnvironment, make_environment
 from iterative_ppo.environments.rollout import RolloutStatistics, collect
 from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, load_policy, load_q_function
@@ -308,6 +310,24 @@ def run_rank(
     )
     report.print_ranking(ranking, console)
     return dict(to_json(ranking))
+
+
+def run_conformance(config: Config, backend: str, *, progress: Progress, console: Console) -> dict[str, Any]:
+    """What an improvement step does with problems whose answer is known."""
+    improve: Backend = (
+        native_backend
+        if backend == "native"
+        else import_named(backend, what="backend", known="neither native", kind="function")
+    )
+    result = check_backend(
+        improve,
+        algorithm=config.improvement.algorithm,
+        kl_in=config.improvement.kl_in,
+        seed=config.seed,
+        progress=progress,
+    )
+    report.print_conformance(result, console)
+    return dict(to_json(result))
 
 
 def run_chat(

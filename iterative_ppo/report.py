@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from iterative_ppo.conformance import Conformance
 from iterative_ppo.intervals import Interval
 from iterative_ppo.policy_iteration import IterationRecord
 from iterative_ppo.q_report import QReport
@@ -246,3 +247,21 @@ def print_ranking(ranking: Ranking, console: Console) -> None:
             markup=False,
             highlight=False,
         )
+
+
+def print_conformance(conformance: Conformance, console: Console) -> None:
+    """A line a check, and the verdict."""
+    for check in conformance.checks:
+        verdict = "passed" if check.passed else "FAILED"
+        console.print(
+            f"{verdict}  {check.name:<16} {check.value:>8.3f} ({check.limit}): {check.meaning}",
+            highlight=False,
+            markup=False,
+        )
+    failed = [check.name for check in conformance.checks if not check.passed]
+    console.print(
+        "this step solves the single-turn problem that the paper needs"
+        if conformance.passed
+        else f"this step solves another problem than the paper needs: {', '.join(failed)}",
+        highlight=False,
+    )

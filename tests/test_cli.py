@@ -364,6 +364,36 @@ def test_rank_measures_within_states(made: Path) -> None:
     assert "branch(generator)" in finished.stdout
 
 
+def test_conformance_of_a_step_of_ones_own(tmp_path: Path) -> None:
+    """One that hands the policy back is stopped by its exit code; one that is broken by a line that says what it did."""
+    (tmp_path / "mine.py").write_text(
+        "def nothing(policy, prompts, reward, config, seed):\n"
+        "    assert reward(prompts[:1], [(0,)]).shape == (1,)\n"
+        "    return policy\n"
+        "def lost(policy, prompts, reward, config, seed):\n"
+        "    reward(prompts[:1], [(9, 9)])\n"
+        "def folder(policy, prompts, reward, config, seed):\n"
+        "    return 'runs/candidate'\n",
+        encoding="utf-8",
+    )
+    done = run("conformance", "--backend", "mine:nothing", "--json", folder=tmp_path)
+    assert done.code == 1
+    assert done.json["passed"] is False
+    assert done.json["share_of_gain"] == pytest.approx(0, abs=1e-6)
+    assert {check["name"] for check in done.json["checks"] if check["passed"]} == {"anchor", "token_discount"}
+    assert "FAILED  share_of_gain" in done.stdout
+    for backend, reason in [
+        ("mine:lost", "asked about the tokens [9, 9]"),
+        ("mine:folder", "gave back str"),
+        ("mine:none", "has no function none"),
+        ("natve", "neither native nor a function"),
+    ]:
+        done = run("conformance", "--backend", backend, folder=tmp_path)
+        assert done.code == 2
+        [line] = done.complaints
+        assert reason in line
+
+
 def test_chat_answers_every_line_until_an_empty_one(made: Path) -> None:
     command = ("chat", "--policy", START, "--q", Q, "--system", "you sell hats", *SHOP_SETTINGS)
     finished = run(*command, folder=made, stdin="hello\nred please\n\nnot read\n")

@@ -1,12 +1,11 @@
 """Simulated customers: the Gymnasium API with text, built-in or any class that the user names."""
 
-import importlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from iterative_ppo.entry_points import import_named
 
 
 @runtime_checkable
@@ -62,7 +61,9 @@ def make_environment(entry_point: str, arguments: Mapping[str, Any] | None = Non
 
             constructor = SuggestedResponse
         case _:
-            constructor = _import_class(entry_point)
+            constructor = import_named(
+                entry_point, what="environment", known="neither storefront, suggested_response", kind="class"
+            )
     try:
         environment = constructor(**arguments)
     except Exception as error:  # a user's code may raise anything
@@ -71,25 +72,3 @@ def make_environment(entry_point: str, arguments: Mapping[str, Any] | None = Non
     if not isinstance(environment, TextEnvironment):
         raise ValueError(f"environment {entry_point!r} lacks reset or step: it must have both, as in Gymnasium")
     return environment
-
-
-def _import_class(entry_point: str) -> Callable[..., object]:
-    module_name, _, class_name = entry_point.partition(":")
-    names = [*module_name.split("."), class_name]
-    if not all(name.isidentifier() for name in names):
-        raise ValueError(
-            f"environment {entry_point!r} is neither storefront, suggested_response "
-            "nor a class as package.module:ClassName"
-        )
-    # At the end of the path, so that no file of the current folder hides an installed library.
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-        importlib.invalidate_caches()
-    try:
-        found = vars(importlib.import_module(module_name)).get(class_name)
-    except Exception as error:  # a user's module may raise anything
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"environment {entry_point!r}: cannot import {module_name}: {reason}") from error
-    if not isinstance(found, type):
-        raise ValueError(f"environment {entry_point!r}: module {module_name} has no class {class_name}")
-    return found
