@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from flop_bound import flop_per_second
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from iterative_ppo import config as config_module
 from iterative_ppo.commands import environment_maker
@@ -30,11 +30,13 @@ from iterative_ppo.run_directory import RunDirectory, Stage
 from iterative_ppo.stages import Stages
 from iterative_ppo.supervised import no_progress
 
-_ON_CPU = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
-}
-"""Attention as the CPU does it, which PyTorch's counter does not know."""
+aten = torch.ops.aten
+# Attention as the CPU does it, which PyTorch's counter does not know.
+for _of_gpu, _of_cpu in (
+    (aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_flash_attention_for_cpu),
+    (aten._scaled_dot_product_flash_attention_backward, aten._scaled_dot_product_flash_attention_for_cpu_backward),
+):
+    flop_registry.setdefault(_of_cpu, flop_registry[_of_gpu])
 _ROWS_OF_A_PRODUCT = 1024
 
 
@@ -47,7 +49,7 @@ class CountingDirectory(RunDirectory):
 
     def stage(self, name: str, *, make: Callable[[Path], Any], **arguments: Any) -> Stage:
         """The stage, counted."""
-        counter = FlopCounterMode(display=False, custom_mapping=_ON_CPU)
+        counter = FlopCounterMode(display=False)
 
         def counted(folder: Path) -> Any:
             with counter:
