@@ -89,18 +89,19 @@ def measure(
 
 
 def plot(rows: list[dict[str, float]], out: Path) -> None:
-    """Q reward and true outcome against KL; the KL of an evaluation is the one measured at the next update."""
-    kl = [row["kl_before"] for row in rows[1:]]
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    axes.plot(
-        kl, [row["q_reward_before"] for row in rows[1:]], "o-", color="tab:orange", label="Q reward (mean over prompts)"
-    )
-    outcome = np.array([[row["outcome"], row["low"], row["high"]] for row in rows[:-1]]).T
-    axes.plot(kl, outcome[0], "s-", color="tab:blue", label="true outcome rate")
-    axes.fill_between(kl, outcome[1], outcome[2], color="tab:blue", alpha=0.2)
-    axes.set(xlabel="KL(policy ‖ anchor), nats a response", ylabel="rate", ylim=(0, 1))
-    axes.grid(alpha=0.3)
+    """Q reward, true outcome and KL by update; reward and KL of an update are those of the policy before it."""
+    figure, (axes, below) = plt.subplots(2, 1, figsize=(7, 5), height_ratios=(3, 1), sharex=True, layout="constrained")
+    before = [row["update"] - 1 for row in rows]
+    after = [row["update"] for row in rows]
+    axes.plot(before, [row["q_reward_before"] for row in rows], "o-", color="tab:orange", label="Q reward (mean)")
+    axes.plot(after, [row["outcome"] for row in rows], "s-", color="tab:blue", label="true outcome rate, 95 %")
+    axes.fill_between(after, [row["low"] for row in rows], [row["high"] for row in rows], color="tab:blue", alpha=0.2)
+    axes.set(ylabel="rate", ylim=(0, 1))
     axes.legend()
+    below.plot(before, [row["kl_before"] for row in rows], "o-", color="tab:gray")
+    below.set(xlabel="updates", ylabel="KL to the anchor,\nnats a response", ylim=(0, None))
+    for part in (axes, below):
+        part.grid(alpha=0.3)
     figure.savefig(out, dpi=150)
 
 
