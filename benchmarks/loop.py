@@ -4,7 +4,7 @@ Runs the loop of a configuration twice in a scratch folder: once with the clock,
 matrix products and attention, forward and backward, padding included. The bound of a stage is that number over the rate of a
 matrix product of the model's sizes, which is measured beside it.
 
-    python benchmarks/loop.py                                     # one iteration of the default run: about seven minutes
+    python benchmarks/loop.py                                     # one iteration of the default run: about nine minutes
     python benchmarks/loop.py --set iterations.count=7
 
 Prints a line a stage and, last, one JSON object: `ratio` is the bound over the seconds, of all stages together.

@@ -198,7 +198,7 @@ class ComputeConfig(_Section):
     tokens_per_batch: Annotated[int, _Range(64)] = 4096
     """Padded tokens in one forward and backward pass; results do not depend on it."""
     checkpoint_activations: bool = False
-    """Compute a layer's activations again in the backward pass instead of keeping them: a third more arithmetic, and memory for one layer's instead of all."""
+    """Compute a layer's activations again in the backward pass instead of keeping them: a third more arithmetic, and memory for one layer instead of all."""
     rollout_conversations: Count = 512
     """Conversations in lock-step during a rollout."""
 
