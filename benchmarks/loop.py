@@ -60,25 +60,15 @@ class CountingDirectory(RunDirectory):
         return stage
 
 
-class TimedDirectory(RunDirectory):
-    """A run's folder that keeps the seconds of each stage."""
-
-    def __init__(self, path: Path, config: Config) -> None:
-        super().__init__(path, config, resume=False)
-        self.seconds: dict[str, float] = {}
-
-    def stage(self, name: str, **arguments: Any) -> Stage:
-        """The stage, timed."""
-        stage = super().stage(name, **arguments)
-        self.seconds[name] = stage.seconds
-        return stage
-
-
-def run(directory: RunDirectory) -> None:
-    """The loop, without its pictures."""
+def run(directory: RunDirectory) -> dict[str, float]:
+    """The loop, without its pictures; the seconds of each stage."""
     config = directory.config
-    for _ in iterate(Stages(directory, environment_maker(config), no_progress), count=config.iterations.count):
-        pass
+    stages = Stages(directory, environment_maker(config), no_progress)
+    return {
+        str(stage.folder.relative_to(directory.path)): stage.seconds
+        for record in iterate(stages, count=config.iterations.count)
+        for stage in record.stages.values()
+    }
 
 
 def by_stage(figures: dict[str, float]) -> dict[str, float]:
@@ -100,13 +90,11 @@ def main() -> None:
         tables = config_module.with_setting(tables, setting)
     config = config_module.from_dict(tables)
     with tempfile.TemporaryDirectory() as scratch:
-        timed = TimedDirectory(Path(scratch) / "timed", config)
-        run(timed)
+        seconds = by_stage(run(RunDirectory(Path(scratch) / "timed", config, resume=False)))
         counting = CountingDirectory(Path(scratch) / "counted", config)
         run(counting)
     width = config.policy.hidden_size
     rate = flop_per_second(_ROWS_OF_A_PRODUCT, width, 3 * width)
-    seconds = by_stage(timed.seconds)
     flop = by_stage({name: float(number) for name, number in counting.flop.items()})
     print(f"{rate / 1e9:.0f} GFLOP/s in products [{_ROWS_OF_A_PRODUCT}, {width}] x [{width}, {3 * width}]")
     print(f"{'stage':<10} {'seconds':>8} {'GFLOP':>8} {'bound, s':>9} {'share':>6}")

@@ -23,13 +23,12 @@ def gradient_pass(model: PreTrainedModel) -> Iterator[None]:
     transformers does it in training mode alone, which would turn dropout on, and a policy is the same function in a
     gradient pass as when it answered.
     """
+    modules = model.modules() if torch.is_grad_enabled() else ()
     layers = [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and not layer.training
+        module
+        for module in modules
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing and not module.training
     ]
-    if not torch.is_grad_enabled():
-        layers = []
     for layer in layers:
         layer.training = True  # of the layer itself; its dropout modules stay as they are
     try:

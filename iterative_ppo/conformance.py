@@ -77,11 +77,11 @@ class Problem:
     """Prompts, all responses, and the reward of each. S prompts, A responses.
 
     Args:
-        policy: start and anchor.
+        anchor_SA: log π of the policy that is start and anchor.
         q_SA: rewards.
     """
 
-    policy: Policy
+    anchor_SA: Tensor
     q_SA: Tensor
 
     def reward(self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> Tensor:
@@ -105,15 +105,15 @@ class Problem:
 
     def optimum(self) -> Tensor:
         """log of the best policy, π exp(Q/β) normalised."""
-        return (logprobs(self.policy) + self.q_SA / _BETA).log_softmax(1)
+        return (self.anchor_SA + self.q_SA / _BETA).log_softmax(1)
 
     def objective(self, logp_SA: Tensor) -> float:
         """E[Q] − β KL(π'‖π), mean over prompts."""
-        return float(((logp_SA.exp() * self.q_SA).sum(1) - _BETA * kl_by_prompt(logp_SA, logprobs(self.policy))).mean())
+        return float(((logp_SA.exp() * self.q_SA).sum(1) - _BETA * kl_by_prompt(logp_SA, self.anchor_SA)).mean())
 
     def share_of_gain(self, logp_SA: Tensor) -> float:
         """What a policy gained of the objective over what can be gained."""
-        start = self.objective(logprobs(self.policy))
+        start = self.objective(self.anchor_SA)
         return (self.objective(logp_SA) - start) / (self.objective(self.optimum()) - start)
 
 
@@ -193,15 +193,15 @@ def native_backend(
 
 def problems(seed: int) -> dict[str, Problem]:
     """The four problems: a random reward; none; the same for long and short responses; one for ending."""
-    policy = start_policy(seed)
-    shape = len(_PROMPTS), len(_RESPONSES)
+    anchor_SA = logprobs(start_policy(seed))
+    shape = anchor_SA.shape
     q_SA = {
         "optimum": torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64),
         "anchor": torch.zeros(shape, dtype=torch.float64),
         "length": (_LENGTH_A != 2).double().expand(shape),
         "end": torch.tensor([response[-1] == _END for response in _RESPONSES]).double().expand(shape),
     }
-    return {name: Problem(policy=policy, q_SA=rewards) for name, rewards in q_SA.items()}
+    return {name: Problem(anchor_SA=anchor_SA, q_SA=rewards) for name, rewards in q_SA.items()}
 
 
 def solve(backend: Backend, problem: Problem, *, algorithm: str, kl_in: str, seed: int) -> Tensor:
@@ -255,31 +255,28 @@ def check_backend(
 def judge(asked: Mapping[str, Problem], candidates: Mapping[str, Tensor]) -> Conformance:
     """What the candidates [S, A] of all problems show."""
     problem, candidate_SA = asked["optimum"], candidates["optimum"]
-    anchor_SA, optimum_SA = logprobs(problem.policy), problem.optimum()
+    anchor_SA, optimum_SA = problem.anchor_SA, problem.optimum()
     kl_to_optimum = float(kl_by_prompt(candidate_SA, optimum_SA).mean())
     share = problem.share_of_gain(candidate_SA)
     kl_ratio = float(kl_by_prompt(candidate_SA, anchor_SA).mean() / kl_by_prompt(optimum_SA, anchor_SA).mean())
     drift = float(kl_by_prompt(candidates["anchor"], anchor_SA).mean())
     shift = float((_long_over_short(candidates["length"]) - _long_over_short(anchor_SA)).mean())
     end_share = asked["end"].share_of_gain(candidates["end"])
-    low, high = KL_RATIO_LIMITS
     checks = (
         _at_most("kl_to_optimum", kl_to_optimum, LARGEST_KL_TO_OPTIMUM, "the candidate is π exp(Q/β), normalised"),
         _at_least("share_of_gain", share, SMALLEST_SHARE_OF_GAIN, "it gains what can be gained of E[Q] − β KL"),
-        Check(
-            name="kl_penalty",
-            passed=low <= kl_ratio <= high,
-            value=kl_ratio,
-            limit=f"{low:g} to {high:g}",
-            meaning="its KL to the anchor over the optimum's: the penalty is in the gradient, at the price that was set",
+        _between(
+            "kl_penalty",
+            kl_ratio,
+            KL_RATIO_LIMITS,
+            "its KL to the anchor over the optimum's: the penalty is in the gradient, at the price that was set",
         ),
         _at_most("anchor", drift, LARGEST_DRIFT, "without a reward it stays at the policy that was handed in"),
-        Check(
-            name="token_discount",
-            passed=abs(shift) <= LARGEST_LENGTH_SHIFT,
-            value=shift,
-            limit=f"{-LARGEST_LENGTH_SHIFT:g} to {LARGEST_LENGTH_SHIFT:g}",
-            meaning="long and short responses of the same reward keep their log odds: tokens are not discounted",
+        _between(
+            "token_discount",
+            shift,
+            (-LARGEST_LENGTH_SHIFT, LARGEST_LENGTH_SHIFT),
+            "long and short responses of the same reward keep their log odds: tokens are not discounted",
         ),
         _at_least(
             "end_of_response", end_share, SMALLEST_SHARE_OF_GAIN, "it learns when to end: the reward is paid there"
@@ -301,3 +298,8 @@ def _at_most(name: str, value: float, limit: float, meaning: str) -> Check:
 
 def _at_least(name: str, value: float, limit: float, meaning: str) -> Check:
     return Check(name=name, passed=value >= limit, value=value, limit=f"at least {limit:g}", meaning=meaning)
+
+
+def _between(name: str, value: float, limits: tuple[float, float], meaning: str) -> Check:
+    low, high = limits
+    return Check(name=name, passed=low <= value <= high, value=value, limit=f"{low:g} to {high:g}", meaning=meaning)

@@ -155,19 +155,16 @@ class QFunction(nn.Module):
 
         Padding needs no mask there: no real token sees what comes after it.
         """
-        with gradient_pass(self.model):
-            output = self.model.base_model(input_ids=token_BT.to(self.device), use_cache=False)
-        return output.last_hidden_state.float()
+        return self._last_hidden(input_ids=token_BT.to(self.device))
 
     def hidden_of_trees(self, batch: TreeBatch) -> Tensor:
         """The trunk's last hidden states [B, T, hidden] of prompts that share their prefixes, float32."""
+        return run_trees(self._last_hidden, batch, device=self.device, dtype=self.model.dtype)
 
-        def call(**inputs: Tensor) -> Tensor:
-            with gradient_pass(self.model):
-                hidden_BTD: Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-            return hidden_BTD.float()
-
-        return run_trees(call, batch, device=self.device, dtype=self.model.dtype)
+    def _last_hidden(self, **inputs: Tensor) -> Tensor:
+        with gradient_pass(self.model):
+            hidden_BTD: Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        return hidden_BTD.float()
 
     def forward(self, token_BT: Tensor) -> Tensor:
         """Every ensemble member's scalar, before the link, at every token of rows padded on the right: [B, T, M]."""

@@ -52,7 +52,7 @@ def is_cut(response: TokenIds) -> bool:
 def anchored_elsewhere(reward: RewardFunction, config: ImprovementConfig) -> RewardFunction:
     """E[Q] − β KL(π'‖ρ) is E[Q + β log ρ/π] − β KL(π'‖π): anchored at ρ, the policy of another seed."""
     log_ratio_SA = logprobs(start_policy(1)) - logprobs(start_policy(0))
-    shifted = Problem(policy=start_policy(0), q_SA=config.kl_coefficient * log_ratio_SA)
+    shifted = Problem(anchor_SA=logprobs(start_policy(0)), q_SA=config.kl_coefficient * log_ratio_SA)
     return lambda prompts, responses: reward(prompts, responses) + shifted.reward(prompts, responses)
 
 
@@ -84,10 +84,12 @@ def does_nothing(policy: Policy, *_: object) -> Policy:
 
 def test_the_optimum_is_the_closed_form_on_all_responses():
     """All probabilities of a policy add up to 1; the optimum gains all that there is, and nothing nearby gains more."""
-    policy = start_policy(0)
+    anchor_SA = logprobs(start_policy(0))
     generator = torch.Generator().manual_seed(0)
-    problem = Problem(policy=policy, q_SA=torch.rand(3, len(conformance._RESPONSES), generator=generator).double())
-    anchor_SA, optimum_SA = logprobs(policy), problem.optimum()
+    problem = Problem(
+        anchor_SA=anchor_SA, q_SA=torch.rand(3, len(conformance._RESPONSES), generator=generator).double()
+    )
+    optimum_SA = problem.optimum()
     torch.testing.assert_close(anchor_SA.exp().sum(1), torch.ones(3).double(), atol=1e-5, rtol=0)
     torch.testing.assert_close(optimum_SA.exp().sum(1), torch.ones(3).double())
     assert problem.share_of_gain(anchor_SA) == 0
