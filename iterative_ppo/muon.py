@@ -42,13 +42,16 @@ class Muon(torch.optim.Optimizer):
             update_NRC = orthogonalized(gradient_NRC.lerp(momentum_NRC, _MOMENTUM))
             scale = group["lr"] * _ADAMW_SIZE * max(update_NRC.shape[1:]) ** 0.5
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(matrices, list(update_NRC.to(matrices[0].dtype)), alpha=-scale)
+            torch._foreach_add_(matrices, list(update_NRC), alpha=-scale)
 
 
 def orthogonalized(matrix_NRC: Tensor) -> Tensor:
-    """U S V^T as about U V^T for each matrix: its singular values are brought to between 0.7 and 1.2. In bfloat16."""
+    """U S V^T as about U V^T for each matrix: its singular values are brought to between 0.7 and 1.2.
+
+    In float32, though bfloat16 would do: a CPU without instructions for it takes a hundred times as long.
+    """
     is_tall = matrix_NRC.shape[1] > matrix_NRC.shape[2]
-    x = (matrix_NRC.mT if is_tall else matrix_NRC).bfloat16()
+    x = matrix_NRC.mT if is_tall else matrix_NRC
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     a, b, c = _NEWTON_SCHULZ
     for _ in range(_NEWTON_SCHULZ_STEPS):

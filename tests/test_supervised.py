@@ -119,7 +119,7 @@ def test_muon_takes_the_steps_of_pytorchs_muon(shapes: list[tuple[int, int]]):
             optimizer.step()
     for mine, other, matrix in zip(ours, theirs, start, strict=True):
         assert (mine - matrix).abs().mean() > 0.003
-        torch.testing.assert_close(mine, other, rtol=0, atol=2e-4)  # a bfloat16 has 8 bits of a step's .002
+        torch.testing.assert_close(mine, other, rtol=0, atol=5e-4)  # theirs, in bfloat16, has 8 bits of a step of .002
 
 
 def test_hidden_matrices_are_the_layers_weights_and_nothing_else():
