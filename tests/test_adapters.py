@@ -297,7 +297,7 @@ def test_in_bfloat16_a_step_still_raises_the_reward(base: Path):
     policy = load(base, dtype=torch.bfloat16)
     before, after = (
         float(says_a(PROMPTS, p.respond(PROMPTS * 20, np.random.default_rng(0).random((20 * len(PROMPTS), 8)))).mean())
-        for p in (policy, improved(policy, num_updates=12))
+        for p in (policy, improved(policy, num_updates=20))
     )
     assert after > before + 0.1
 
