@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iterative_ppo.config import ImprovementConfig
+from iterative_ppo.improvement import native
 from iterative_ppo.improvement.base import Improvement, RewardFunction, UpdateMetrics
 from iterative_ppo.improvement.native import improve, sample_rollout
 from iterative_ppo.losses import explained_variance, token_entropy
@@ -253,6 +254,26 @@ def test_micro_batches_change_nothing(algorithm: str):
         assert dataclasses.astuple(a) == pytest.approx(dataclasses.astuple(b), abs=1e-5, nan_ok=True)
 
 
+def test_the_values_before_the_first_pass_are_its_forward_pass(monkeypatch: pytest.MonkeyPatch):
+    """One minibatch that fits the token budget: two passes take two forward passes of the token value, not three."""
+
+    class Counting(LetterValue):
+        num_calls = 0
+
+        def forward(self, batch: TreeBatch) -> Tensor:
+            Counting.num_calls += 1
+            return super().forward(batch)
+
+    config = config_of("ppo", num_updates=3, num_minibatches=1, num_passes=2)
+    kept = run(tiny.letter_policy(), config, token_value=Counting())
+    assert Counting.num_calls == 3 * 2
+    monkeypatch.setattr(native, "_have_graphs", lambda _: False)
+    again = run(tiny.letter_policy(), config, token_value=Counting())
+    assert Counting.num_calls == 3 * 2 + 3 * 3
+    assert kept.updates == again.updates
+    assert tiny.largest_difference(*(tiny.weights(i.candidate.model) for i in (kept, again))) == 0
+
+
 def test_the_same_generator_gives_the_same_candidate():
     first, same, other = (run(tiny.letter_policy(), config_of("ppo", num_updates=3), seed=seed) for seed in (0, 0, 1))
     assert tiny.largest_difference(first.candidate.model.state_dict(), same.candidate.model.state_dict()) == 0
@@ -419,14 +440,15 @@ def test_responses_that_shrink_to_nothing_are_a_collapse():
 
 
 def test_a_policy_without_a_gradient_to_follow_stays_where_it_is():
-    """Every response earns the same: nothing can be ranked, and nothing happens but rounding."""
+    """Every response earns the same: nothing can be ranked, and nothing happens but rounding, which AdamW scales up and
+    the KL holds."""
 
     def constant(prompts: Sequence[TokenIds], _: Sequence[TokenIds]) -> Tensor:
         return torch.full((len(prompts),), -20.3)
 
     policy = tiny.letter_policy()
     improvement = run(policy, config_of("grpo", prompts_per_update=4, num_samples=7, num_updates=5), reward=constant)
-    assert improvement.kl < 1e-3
+    assert improvement.kl < 0.02
 
 
 def test_ppo_needs_a_token_value_and_says_so():

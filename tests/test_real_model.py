@@ -100,7 +100,7 @@ def test_what_is_sampled_is_scored_alike():
 def test_a_step_on_one_backbone_raises_the_reward(tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """Policy, anchor, token value and Q on one set of frozen weights. The reward is the share of tokens with even ids: the
     probability of such a token must rise, wherever the anchor's responses lead."""
-    monkeypatch.setattr(native, "_NUM_RESPONSES_FOR_KL", 32)
+    monkeypatch.setattr(native, "num_responses_for_kl", lambda _: 32)
     current = policy(dtype)
     q_function = QFunction.from_policy(
         current.model, link="logistic", num_heads=2, pad_id=current.pad_id, lora_rank=8, seed=0

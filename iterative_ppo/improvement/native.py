@@ -6,7 +6,7 @@ that into token advantages and makes a few clipped gradient passes. The anchor i
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,46 +15,21 @@ from torch import Tensor, nn
 
 from iterative_ppo import losses
 from iterative_ppo.adapters import copy_sharing_frozen
-from iterative_ppo.batching import pad_right, pad_values
 from iterative_ppo.config import ImprovementConfig
 from iterative_ppo.improvement.base import Improvement, RewardFunction, UpdateMetrics
+from iterative_ppo.improvement.responses import (
+    Responses,
+    collapse,
+    num_responses_for_kl,
+    prompt_batches,
+    sample_responses,
+    shuffled,
+    step_back,
+)
 from iterative_ppo.policy import Policy
 from iterative_ppo.rendering import TokenIds
 from iterative_ppo.shared_prefix import families, takes_trees, tree_batches
 from iterative_ppo.supervised import Progress, no_progress, restore_weights, trained_weights
-
-_COLLAPSED_ENTROPY_SHARE = 0.1
-_COLLAPSED_LENGTH_SHARE = 0.2
-_RUNAWAY_KL_FACTOR = 10.0
-_NUM_RESPONSES_FOR_KL = 512
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Responses:
-    """Sampled responses under their policy and the anchor. B responses, T response tokens."""
-
-    prompts: tuple[TokenIds, ...]
-    responses: tuple[TokenIds, ...]
-    mask_BT: Tensor
-    old_logprob_BT: Tensor
-    anchor_logprob_BT: Tensor
-
-    def select(self, rows: Sequence[int]) -> tuple[list[TokenIds], list[TokenIds]]:
-        """Prompts and responses of some rows."""
-        return [self.prompts[row] for row in rows], [self.responses[row] for row in rows]
-
-    @property
-    def kl(self) -> float:
-        """KL(policy ‖ anchor) in nats a response, by k3."""
-        return self._per_response(losses.kl_k3(self.old_logprob_BT, self.anchor_logprob_BT))
-
-    @property
-    def kl_k1(self) -> float:
-        """The same by k1."""
-        return self._per_response(losses.kl_k1(self.old_logprob_BT, self.anchor_logprob_BT))
-
-    def _per_response(self, x_BT: Tensor) -> float:
-        return float(losses.masked_sum(x_BT, self.mask_BT)) / len(self.responses)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +80,7 @@ def improve(
     [initialization] = generator.spawn(1)
     candidate = policy.branch(seed=int(initialization.integers(2**31)))
     learner = _Learner(candidate, token_value, config, tokens_per_batch=tokens_per_batch)
-    batches = _prompt_batches(prompts, config, generator)
+    batches = prompt_batches(prompts, config, generator)
 
     def fresh(num_responses: int) -> Responses:
         """Responses of the candidate as it is, that decide no gradient."""
@@ -120,17 +95,17 @@ def improve(
     while not stop_reason:
         is_last = len(updates) == config.num_updates
         if is_last:
-            responses = fresh(_NUM_RESPONSES_FOR_KL)
+            responses = fresh(num_responses_for_kl(config))
         else:
             responses = rollout = sample_rollout(
                 candidate, policy, next(batches), reward, generator=generator, tokens_per_batch=tokens_per_batch
             )
-        if problem := _collapse(responses, updates, config):
+        if problem := collapse(responses, updates, config):
             stop_reason = f"collapse: {problem}"
             restore_weights(candidate.model, good_weights)
         elif responses.kl > config.kl_target:
             stop_reason = "kl_target"
-            _step_back(candidate, good_weights, lambda: fresh(1).kl <= config.kl_target)
+            step_back(candidate, good_weights, lambda: fresh(1).kl <= config.kl_target)
         elif is_last:
             stop_reason = "updates"
         else:
@@ -146,20 +121,8 @@ def improve(
     progress("improve", config.num_updates, config.num_updates)
     candidate.model.eval()
     # Where a measurement decided what is kept, it is too low on average: measured once more.
-    kl = responses.kl if stop_reason == "updates" else fresh(_NUM_RESPONSES_FOR_KL).kl
+    kl = responses.kl if stop_reason == "updates" else fresh(num_responses_for_kl(config)).kl
     return Improvement(candidate=candidate, updates=tuple(updates), kl=kl, stop_reason=stop_reason)
-
-
-def _step_back(policy: Policy, good_weights: dict[str, Tensor], is_good: Callable[[], bool]) -> None:
-    """Goes back along the last update until the policy is good again: half of it, a quarter, ..., none."""
-    far_weights = trained_weights(policy.model)
-    for share in (0.5, 0.25, 0.125):
-        restore_weights(
-            policy.model, {name: torch.lerp(good_weights[name], far, share) for name, far in far_weights.items()}
-        )
-        if is_good():
-            return
-    restore_weights(policy.model, good_weights)
 
 
 def sample_rollout(
@@ -192,35 +155,6 @@ def sample_rollout(
     )
 
 
-def sample_responses(
-    policy: Policy,
-    anchor: Policy,
-    prompts: Sequence[TokenIds],
-    *,
-    generator: np.random.Generator,
-    tokens_per_batch: int,
-) -> Responses:
-    """Samples one response a prompt, and notes its log-probabilities under policy and anchor."""
-    uniforms_BT = generator.random((len(prompts), policy.config.max_response_tokens))
-    policy.model.eval()
-    sampled = policy.sample(prompts, uniforms_BT)
-    _, mask_BT = pad_right(sampled.token_ids)
-    width = mask_BT.shape[1]
-    anchor_logprobs = anchor.logprobs(prompts, sampled.token_ids, tokens_per_batch=4 * tokens_per_batch)
-    if policy.is_float32:
-        logprobs: Sequence[Sequence[float]] = sampled.token_logprobs
-    else:
-        # Rounded differently where tokens come one by one: that difference must not be taken for a KL.
-        logprobs = policy.logprobs(prompts, sampled.token_ids, tokens_per_batch=4 * tokens_per_batch)
-    return Responses(
-        prompts=tuple(prompts),
-        responses=sampled.token_ids,
-        mask_BT=mask_BT.to(policy.device),
-        old_logprob_BT=pad_values(logprobs, width=width).to(policy.device),
-        anchor_logprob_BT=pad_values(anchor_logprobs, width=width).to(policy.device),
-    )
-
-
 class _Learner:
     """The policy, its token value and their optimizers."""
 
@@ -243,6 +177,7 @@ class _Learner:
                 self.value_optimizer = torch.optim.AdamW(
                     self.value_parameters, lr=config.token_value_learning_rate, weight_decay=0.0
                 )
+        self.trains_value = bool(self.value_parameters) and config.token_value_learning_rate > 0
 
     def adapt_kl_coefficient(self, kl: float, num_updates: int) -> None:
         """Brings the KL closer to that of a steady drift of the parameters: it grows with the square of the way."""
@@ -255,7 +190,8 @@ class _Learner:
         kl, kl_k1 = rollout.kl, rollout.kl_k1
         if not self.policy.is_float32:
             rollout = self._rescored(rollout, minibatches)
-        baseline = self._baseline(rollout)
+        first_values = self._first_values(rollout)
+        baseline = self._baseline(rollout, first_values)
         advantage_BT, scale = _normalized(baseline.advantage_BT, rollout.mask_BT)
         num_rows = len(rollout.responses)
         stats = _PassStatistics()
@@ -266,8 +202,10 @@ class _Learner:
             stats = _PassStatistics()
             for rows in minibatches:
                 self._policy_step(rollout, advantage_BT, scale, rows, stats)
-                if self.value_parameters and self.config.token_value_learning_rate > 0:
-                    self._value_step(rollout, baseline.return_BT, rows)
+                if self.trains_value:
+                    known = first_values if pass_ == 0 and _have_graphs(first_values) else None
+                    values = known or self._token_values(rollout, rows, tokens_per_batch=self.tokens_per_batch)
+                    self._value_step(values, rollout, baseline.return_BT, rows)
             num_passes += 1
             if stats.policy_kl / stats.num_tokens > self.config.early_stop_kl:
                 break
@@ -299,18 +237,30 @@ class _Learner:
                     old_logprob_BT[[rows[place] for place in logits.rows], :width] = logits.logprobs()
         return dataclasses.replace(rollout, old_logprob_BT=old_logprob_BT)
 
-    def _baseline(self, rollout: Rollout) -> _Baseline:
+    def _first_values(self, rollout: Rollout) -> list[tuple[list[int], Tensor]]:
+        """The token values before the first pass, in micro-batches.
+
+        With their graphs where one minibatch is all there is and fits the token budget: they are its first forward pass.
+        """
+        if self.token_value is None:
+            return []
+        num_tokens = sum(map(len, rollout.prompts)) + sum(map(len, rollout.responses))
+        keeps_graph = self.trains_value and self.config.num_minibatches == 1 and num_tokens <= self.tokens_per_batch
+        tokens_per_batch = self.tokens_per_batch if keeps_graph else 4 * self.tokens_per_batch
+        with torch.set_grad_enabled(keeps_graph):
+            rows = range(len(rollout.responses))
+            return list(self._token_values(rollout, rows, tokens_per_batch=tokens_per_batch))
+
+    def _baseline(self, rollout: Rollout, values: Sequence[tuple[list[int], Tensor]]) -> _Baseline:
         config = self.config
         token_reward_BT = losses.terminal_token_reward(rollout.reward_B, rollout.mask_BT)
         if config.kl_in == "reward":
             log_ratio_BT = losses.kl_k1(rollout.old_logprob_BT, rollout.anchor_logprob_BT)
             token_reward_BT = token_reward_BT - self.kl_coefficient * log_ratio_BT * rollout.mask_BT
         if self.token_value is not None:
-            with torch.no_grad():
-                value_BT = torch.zeros_like(token_reward_BT)
-                rows = range(len(rollout.responses))
-                for batch, values in self._token_values(rollout, rows, tokens_per_batch=4 * self.tokens_per_batch):
-                    value_BT[batch, : values.shape[1]] = values
+            value_BT = torch.zeros_like(token_reward_BT)
+            for batch, of_batch_BT in values:
+                value_BT[batch, : of_batch_BT.shape[1]] = of_batch_BT.detach()
             advantage_BT = losses.generalized_advantage_estimation(
                 token_reward_BT, value_BT, rollout.mask_BT, lambda_=config.gae_lambda
             )
@@ -359,9 +309,11 @@ class _Learner:
         self.policy_optimizer.step()
         self.policy_optimizer.zero_grad(set_to_none=True)
 
-    def _value_step(self, rollout: Rollout, return_BT: Tensor, rows: Sequence[int]) -> None:
+    def _value_step(
+        self, values: Iterable[tuple[list[int], Tensor]], rollout: Rollout, return_BT: Tensor, rows: Sequence[int]
+    ) -> None:
         num_tokens = float(rollout.mask_BT[rows].sum())
-        for batch, value_BT in self._token_values(rollout, rows, tokens_per_batch=self.tokens_per_batch):
+        for batch, value_BT in values:
             width = value_BT.shape[1]
             mask_BT = rollout.mask_BT[batch, :width]
             loss = losses.token_value_loss(value_BT, return_BT[batch, :width], mask_BT)
@@ -369,6 +321,10 @@ class _Learner:
         nn.utils.clip_grad_norm_(self.value_parameters, 1.0)
         self.value_optimizer.step()
         self.value_optimizer.zero_grad(set_to_none=True)
+
+
+def _have_graphs(values: Sequence[tuple[list[int], Tensor]]) -> bool:
+    return bool(values) and values[0][1].requires_grad
 
 
 @dataclass(slots=True)
@@ -396,50 +352,8 @@ def _normalized(advantage_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, float]:
     return losses.normalize_advantages(advantage_BT, mask_BT), 1.0 / (float(deviation) + 1e-4)
 
 
-def _prompt_batches(
-    prompts: Sequence[TokenIds], config: ImprovementConfig, generator: np.random.Generator
-) -> Iterator[list[TokenIds]]:
-    """Endless batches of prompts, each repeated `num_samples` times in adjacent rows; every prompt equally often.
-
-    Prompts that are prefixes of each other are drawn together: they cost little more than the longest of them.
-    """
-    groups = families(prompts)
-    queue: list[int] = []
-    size = min(config.prompts_per_update, len(prompts))
-    while True:
-        while len(queue) < size:
-            queue += _shuffled(groups, generator)
-        yield [prompts[row] for row in queue[:size] for _ in range(config.num_samples)]
-        queue = queue[size:]
-
-
-def _shuffled(groups: Sequence[Sequence[int]], generator: np.random.Generator) -> list[int]:
-    """All rows, group after group, the groups in a random order."""
-    return [row for group in generator.permutation(len(groups)).tolist() for row in groups[group]]
-
-
 def _minibatches(prompts: Sequence[TokenIds], num_minibatches: int, generator: np.random.Generator) -> list[list[int]]:
     """The rows in a random order, in parts of equal size; rows whose prompts share a prefix stay together."""
-    order = _shuffled(families(prompts), generator)
+    order = shuffled(families(prompts), generator)
     size = math.ceil(len(order) / num_minibatches)
     return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def _collapse(responses: Responses, updates: Sequence[UpdateMetrics], config: ImprovementConfig) -> str:
-    """What has gone wrong with the policy, in words; empty when nothing has."""
-    if not math.isfinite(responses.kl) or not torch.isfinite(responses.old_logprob_BT[responses.mask_BT]).all():
-        return "log-probabilities are not finite; lower improvement.learning_rate"
-    if responses.kl > _RUNAWAY_KL_FACTOR * config.kl_target:
-        return (
-            f"KL to the anchor jumped to {responses.kl:.2f} nats a response in one update, "
-            f"{_RUNAWAY_KL_FACTOR:g} times the budget; lower improvement.learning_rate"
-        )
-    if not updates:
-        return ""
-    first, last = updates[0], updates[-1]
-    if last.entropy < _COLLAPSED_ENTROPY_SHARE * first.entropy:
-        return f"entropy fell from {first.entropy:.3f} to {last.entropy:.3f} nats a token; lower improvement.kl_target"
-    length = float(responses.mask_BT.sum()) / len(responses.responses)
-    if length < _COLLAPSED_LENGTH_SHARE * first.response_tokens:
-        return f"responses shrank from {first.response_tokens:.1f} to {length:.1f} tokens; lower improvement.kl_target"
-    return ""
