@@ -294,7 +294,7 @@ def rank(
     "--backend",
     default="native",
     show_default=True,
-    metavar="native|package.module:function",
+    metavar="native|trl|package.module:function",
     help="The improvement step to check; see `iterative_ppo.conformance.Backend`.",
 )
 @_common

@@ -1,5 +1,6 @@
 """What the commands do, from checked arguments to a JSON-ready result; the command line itself is `__main__`."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from iterative_ppo import report
 from iterative_ppo.adapters import base_of
 from iterative_ppo.config import Config
-from iterative_ppo.conformance import Backend, check_backend, native_backend
+from iterative_ppo.conformance import backend_of, check_backend
 from iterative_ppo.conversation_log import BadLines, read_conversations, write_conversations
 from iterative_ppo.conversations import Conversation, Message, chat_messages
 from iterative_ppo.cross_validation import cross_validate, group_names
@@ -21,6 +22,7 @@ from iterative_ppo.entry_points import import_named
 from iterative_ppo.environments import TextEnvironment, make_environment
 from iterative_ppo.environments.rollout import RolloutStatistics, collect
 from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, load_policy, load_q_function
+from iterative_ppo.improvement.backends import require_backend
 from iterative_ppo.intervals import mean_interval
 from iterative_ppo.policy import Policy
 from iterative_ppo.policy_iteration import IterationRecord, iterate
@@ -314,17 +316,19 @@ def run_rank(
 
 def run_conformance(config: Config, backend: str, *, progress: Progress, console: Console) -> dict[str, Any]:
     """What an improvement step does with problems whose answer is known."""
-    improve: Backend = (
-        native_backend
-        if backend == "native"
-        else import_named(backend, what="backend", known="neither native", kind="function")
-    )
+    algorithm = config.improvement.algorithm
+    match backend:
+        case "native":
+            improve = backend_of("native")
+        case "trl":
+            improve = backend_of("trl")
+            algorithm = "rloo" if algorithm == "ppo" else algorithm
+            require_backend(dataclasses.replace(config.improvement, backend="trl"))
+        case _:
+            improve = import_named(backend, what="backend", known="neither native, trl", kind="function")
+    console.print(f"{backend}, {algorithm}", highlight=False)
     result = check_backend(
-        improve,
-        algorithm=config.improvement.algorithm,
-        kl_in=config.improvement.kl_in,
-        seed=config.seed,
-        progress=progress,
+        improve, algorithm=algorithm, kl_in=config.improvement.kl_in, seed=config.seed, progress=progress
     )
     report.print_conformance(result, console)
     return dict(to_json(result))

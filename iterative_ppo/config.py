@@ -147,8 +147,8 @@ class QFunctionConfig(_Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImprovementConfig(_Section):
-    backend: Literal["native"] = "native"
-    """Who does the single-turn improvement step."""
+    backend: Literal["native", "trl"] = "native"
+    """Who does the single-turn improvement step: `native`, or TRL's RLOO or GRPO trainer (extra `trl`; `ppo` it does not have)."""
     algorithm: Literal["ppo", "grpo", "rloo"] = "ppo"
     """`ppo` has a token-level value baseline; `grpo` and `rloo` compare `num_samples` responses to the same prompt."""
     num_updates: Count = 6
@@ -221,10 +221,23 @@ class Config(_Section):
             raise ConfigError('q_function.loss: "binary_cross_entropy" needs q_function.link = "logistic"')
         if self.compute.dtype != "float32" and self.policy.lora_rank == 0:
             raise ConfigError('compute.dtype: "bfloat16" is for frozen weights, and policy.lora_rank = 0 freezes none')
+        _check_trl(self.improvement)
         if self.improvement.algorithm != "ppo" and self.improvement.num_samples < 2:
             raise ConfigError(
                 f"improvement.num_samples: {self.improvement.algorithm} compares responses, give at least 2"
             )
+
+
+def _check_trl(config: ImprovementConfig) -> None:
+    if config.backend != "trl":
+        return
+    if config.algorithm == "ppo":
+        raise ConfigError('improvement.algorithm: TRL has no PPO any more; set "rloo" or "grpo" for backend = "trl"')
+    if config.prompts_per_update * config.num_samples % config.num_minibatches:
+        raise ConfigError(
+            f"improvement.num_minibatches: TRL wants minibatches of one size, and {config.num_minibatches} do not divide "
+            f"{config.prompts_per_update} prompts x {config.num_samples} responses"
+        )
 
 
 SECTIONS: dict[str, type[_Section]] = {

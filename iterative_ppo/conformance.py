@@ -6,9 +6,11 @@ another anchor than the policy handed in, tokens discounted, a KL that is not in
 reach the token that ends a response.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from iterative_ppo.config import ImprovementConfig, PolicyConfig
-from iterative_ppo.improvement import native
+from iterative_ppo.improvement import backends
 from iterative_ppo.improvement.base import RewardFunction
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_function import QFunction, TokenValue
@@ -173,22 +175,26 @@ def kl_by_prompt(logp_SA: Tensor, logq_SA: Tensor) -> Tensor:
     return (logp_SA.exp() * (logp_SA - logq_SA)).sum(1)
 
 
-def native_backend(
-    policy: Policy, prompts: Sequence[TokenIds], reward: RewardFunction, config: ImprovementConfig, seed: int
-) -> Policy:
-    """Ours, with a token value that starts without knowing anything."""
-    q_function = QFunction.from_policy(
-        policy.model, link="identity", num_heads=1, pad_id=policy.pad_id, lora_rank=0, seed=seed
-    )
-    return native.improve(
-        policy,
-        prompts,
-        reward,
-        config,
-        token_value=TokenValue(q_function),
-        generator=np.random.default_rng(seed),
-        tokens_per_batch=_TOKENS_PER_BATCH,
-    ).candidate
+def backend_of(name: Literal["native", "trl"]) -> Backend:
+    """A backend of ours by its name in `improvement.backend`; its token value starts without knowing anything."""
+
+    def backend(
+        policy: Policy, prompts: Sequence[TokenIds], reward: RewardFunction, config: ImprovementConfig, seed: int
+    ) -> Policy:
+        q_function = QFunction.from_policy(
+            policy.model, link="identity", num_heads=1, pad_id=policy.pad_id, lora_rank=0, seed=seed
+        )
+        return backends.improve(
+            policy,
+            prompts,
+            reward,
+            dataclasses.replace(config, backend=name),
+            token_value=TokenValue(q_function),
+            generator=np.random.default_rng(seed),
+            tokens_per_batch=_TOKENS_PER_BATCH,
+        ).candidate
+
+    return backend
 
 
 def problems(seed: int) -> dict[str, Problem]:

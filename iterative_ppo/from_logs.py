@@ -22,7 +22,7 @@ from iterative_ppo.conversations import (
     split_by_group,
     turn_rewards,
 )
-from iterative_ppo.improvement import native
+from iterative_ppo.improvement import backends
 from iterative_ppo.improvement.base import RewardFunction
 from iterative_ppo.policy import Policy
 from iterative_ppo.pretraining import clone_with_outcomes
@@ -264,7 +264,7 @@ def improve_from_logs(
     prompts = all_prompts(tokenize(conversation, policy.renderer) for conversation in conversations)
     if not prompts:
         raise ValueError("the conversations hold no assistant turn: there is no prompt to improve on")
-    improvement = native.improve(
+    improvement = backends.improve(
         policy,
         prompts,
         q_reward(q_function, pessimism=config.q_function.pessimism, tokens_per_batch=tokens_per_batch),
@@ -313,6 +313,12 @@ def load_policy(config: Config, source: str | Path) -> Policy:
 def load_q_function(folder: str | Path, policy: Policy) -> QFunction:
     """A Q-function from its folder, beside a policy and on its frozen weights where it was fitted on them."""
     return QFunction.load(folder, device=str(policy.device), backbone=policy.model)
+
+
+def require_equipment(config: Config) -> None:
+    """Raises ValueError where the configured device or backend is not there."""
+    resolve_device(config.compute.device)
+    backends.require_backend(config.improvement)
 
 
 def resolve_device(device: str) -> str:

@@ -17,7 +17,7 @@ from iterative_ppo.from_logs import (
     improve_from_logs,
     load_policy,
     load_q_function,
-    resolve_device,
+    require_equipment,
     start_policy,
 )
 from iterative_ppo.intervals import Interval, clustered_interval, mean_interval
@@ -83,7 +83,7 @@ class Stages:
         self.config: Config = directory.config
         self.make_environment = make_environment
         self.progress = progress
-        resolve_device(self.config.compute.device)  # a device that is not there is found before any work is done
+        require_equipment(self.config)  # what is not there is found before any work is done
 
     def start(self) -> Stage:
         """π_0: a model cloned from logs, or a pretrained one as it is."""

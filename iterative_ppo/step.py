@@ -17,7 +17,7 @@ from iterative_ppo.from_logs import (
     improve_from_logs,
     load_policy,
     load_q_function,
-    resolve_device,
+    require_equipment,
     start_policy,
 )
 from iterative_ppo.intervals import clustered_interval
@@ -67,7 +67,7 @@ class Step:
         self.config = directory.config
         self.logs = logs
         self.progress = progress
-        resolve_device(self.config.compute.device)  # a device that is not there is found before any work is done
+        require_equipment(self.config)  # what is not there is found before any work is done
         self.conversations = list(conversations)
         self.groups = group_names(self.conversations, group)
         is_grader = split_by_group(self.groups, held_out_share=0.5, seed=self._seed(0))

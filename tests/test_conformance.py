@@ -10,10 +10,10 @@ from iterative_ppo import conformance
 from iterative_ppo.config import ImprovementConfig
 from iterative_ppo.conformance import (
     Problem,
+    backend_of,
     check_backend,
     judge,
     logprobs,
-    native_backend,
     problems,
     solve,
     start_policy,
@@ -22,6 +22,7 @@ from iterative_ppo.improvement.base import RewardFunction
 from iterative_ppo.policy import Policy
 from iterative_ppo.rendering import TokenIds
 
+native = backend_of("native")
 RewardOf = Callable[[RewardFunction, ImprovementConfig], RewardFunction]
 
 
@@ -40,7 +41,7 @@ def with_reward(reward_of: RewardOf) -> conformance.Backend:
     def backend(
         policy: Policy, prompts: Sequence[TokenIds], reward: RewardFunction, config: ImprovementConfig, seed: int
     ) -> Policy:
-        return native_backend(policy, prompts, reward_of(reward, config), config, seed)
+        return native(policy, prompts, reward_of(reward, config), config, seed)
 
     return backend
 
@@ -75,7 +76,7 @@ def without_kl(
     policy: Policy, prompts: Sequence[TokenIds], reward: RewardFunction, config: ImprovementConfig, seed: int
 ) -> Policy:
     """As with an estimator whose gradient is zero on average: k1 added to the loss."""
-    return native_backend(policy, prompts, reward, dataclasses.replace(config, kl_coefficient=0.0), seed)
+    return native(policy, prompts, reward, dataclasses.replace(config, kl_coefficient=0.0), seed)
 
 
 def does_nothing(policy: Policy, *_: object) -> Policy:
@@ -104,7 +105,7 @@ def test_the_optimum_is_the_closed_form_on_all_responses():
 
 @pytest.mark.slow
 def test_ppo_as_it_comes_passes():
-    result = check_backend(native_backend)
+    result = check_backend(native)
     assert result.passed, [check for check in result.checks if not check.passed]
 
 
@@ -112,7 +113,7 @@ def test_ppo_as_it_comes_passes():
 @pytest.mark.parametrize(
     ("backend", "problem", "caught_by"),
     [
-        (native_backend, "optimum", set()),
+        (native, "optimum", set()),
         (with_reward(anchored_elsewhere), "anchor", {"anchor"}),
         (with_reward(tokens_discounted), "length", {"token_discount"}),
         (with_reward(reward_of_the_end_dropped), "end", {"end_of_response"}),
@@ -127,4 +128,4 @@ def test_a_step_on_another_problem_fails(backend: conformance.Backend, problem: 
 @pytest.mark.slow
 def test_a_group_normalised_loss_is_found_out():
     """GRPO divides the reward by a group's deviation and not a KL in the loss: its price is another one than was set."""
-    assert "kl_penalty" in failed(native_backend, "optimum", algorithm="grpo", kl_in="loss")
+    assert "kl_penalty" in failed(native, "optimum", algorithm="grpo", kl_in="loss")

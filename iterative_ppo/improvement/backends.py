@@ -1,0 +1,61 @@
+"""Who does the improvement step: `improvement.backend`."""
+
+import importlib.util
+from collections.abc import Sequence
+
+import numpy as np
+from torch import nn
+
+from iterative_ppo.config import ConfigError, ImprovementConfig
+from iterative_ppo.improvement import native
+from iterative_ppo.improvement.base import Improvement, RewardFunction
+from iterative_ppo.policy import Policy
+from iterative_ppo.rendering import TokenIds
+from iterative_ppo.supervised import Progress, no_progress
+
+
+def require_backend(config: ImprovementConfig) -> None:
+    """Raises ConfigError where the backend is an outside stack that is not installed."""
+    if config.backend == "trl" and importlib.util.find_spec("trl") is None:
+        raise ConfigError(
+            'improvement.backend: "trl" is not installed; install it with pip install -c constraints.txt -e ".[trl]"'
+        )
+
+
+def improve(
+    policy: Policy,
+    prompts: Sequence[TokenIds],
+    reward: RewardFunction,
+    config: ImprovementConfig,
+    *,
+    token_value: nn.Module,
+    generator: np.random.Generator,
+    tokens_per_batch: int,
+    progress: Progress = no_progress,
+) -> Improvement:
+    """One improvement step from `policy` by the backend of the configuration; arguments as in `native.improve`."""
+    require_backend(config)
+    match config.backend:
+        case "native":
+            return native.improve(
+                policy,
+                prompts,
+                reward,
+                config,
+                token_value=token_value,
+                generator=generator,
+                tokens_per_batch=tokens_per_batch,
+                progress=progress,
+            )
+        case "trl":
+            from iterative_ppo.improvement import with_trl
+
+            return with_trl.improve(
+                policy,
+                prompts,
+                reward,
+                config,
+                generator=generator,
+                tokens_per_batch=tokens_per_batch,
+                progress=progress,
+            )
