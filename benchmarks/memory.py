@@ -4,7 +4,7 @@ Policy, KL anchor, token value and reward model Q, a Llama of SmolLM2-135M's sha
 names one. Each way is a process of its own, which makes the same update: 8 prompts of 64 tokens, 2 responses each.
 
     python benchmarks/memory.py
-    python benchmarks/memory.py --model FOLDER --dtype bfloat16
+    python benchmarks/memory.py --model FOLDER --dtype bfloat16 --checkpoint-activations
 
 Prints a line for each way, and, last, one JSON object. `held` is what stays between two updates: parameters, of all
 roles and each counted once, and the optimizer's state. `peak` is the most that the process held until the end of the
@@ -14,7 +14,6 @@ keep. `ratio` is the peak of four models over ours, and `held_over_weights` ours
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from iterative_ppo import policy as policy_module
 from iterative_ppo.config import ImprovementConfig, PolicyConfig
@@ -33,6 +33,8 @@ from iterative_ppo.from_logs import q_reward
 from iterative_ppo.improvement import native
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_function import QFunction, TokenValue
+
+transformers_logging.disable_progress_bar()
 
 WAYS = {"one backbone": 16, "four models": 0}
 """Rank of the adapters; 0: every role has all weights to itself."""
@@ -64,13 +66,13 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure(folder: Path, way: str, dtype: str) -> dict[str, Any]:
+def measure(folder: Path, way: str, dtype: str, checkpoint_activations: bool) -> dict[str, Any]:
     """One update; the figures of this process."""
     lora_rank = WAYS[way]
     policy_module._SMALLEST_FOR_ADAPTERS = 0  # a small --model, too, is to be trained through adapters
     before = peak_bytes()
     config = PolicyConfig(lora_rank=lora_rank, max_response_tokens=RESPONSE_TOKENS)
-    policy = Policy.load(folder, config, dtype=getattr(torch, dtype))
+    policy = Policy.load(folder, config, dtype=getattr(torch, dtype), checkpoint_activations=checkpoint_activations)
     weights = bytes_of(policy.model)
     if lora_rank:
         policy = policy.branch(seed=0)
@@ -94,10 +96,10 @@ def measure(folder: Path, way: str, dtype: str) -> dict[str, Any]:
         state = bytes_of_state(learner.policy_optimizer)
         figures.update(weights=weights, parameters=held, optimizer=state, held=held + state, peak=peak_bytes() - before)
 
-    vocabulary = range(100, 100 + PROMPT_TOKENS)
+    draws = [np.random.default_rng(i).integers(policy.model.config.vocab_size, size=PROMPT_TOKENS) for i in range(8)]
     native.improve(
         policy,
-        [tuple(int(t) for t in np.random.default_rng(i).permutation(vocabulary)) for i in range(8)],
+        [tuple(draw.tolist()) for draw in draws],
         q_reward(q_function, pessimism=0.0, tokens_per_batch=TOKENS_PER_BATCH),
         ImprovementConfig(num_updates=1, prompts_per_update=8, num_samples=2, num_minibatches=1, kl_target=1e6),
         token_value=TokenValue(q_function),
@@ -122,19 +124,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="folder of a causal language model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of frozen weights")
+    parser.add_argument("--checkpoint-activations", action="store_true")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
-        print(json.dumps(measure(arguments.model, arguments.way, arguments.dtype)))
+        figures = measure(arguments.model, arguments.way, arguments.dtype, arguments.checkpoint_activations)
+        print(json.dumps(figures))
         return
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.model is None:
             random_model(Path(scratch))
         folder = str(arguments.model or scratch)
         rows = {}
+        options = ["--model", folder, "--dtype", arguments.dtype]
+        options += ["--checkpoint-activations"] if arguments.checkpoint_activations else []
         for way in WAYS:
-            command = [sys.executable, __file__, "--model", folder, "--dtype", arguments.dtype, "--way", way]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
+            command = [sys.executable, __file__, *options, "--way", way]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             rows[way] = json.loads(done.stdout.splitlines()[-1])
             figures = {name: f"{size / MIB:,.0f}" for name, size in rows[way].items()}
             print(

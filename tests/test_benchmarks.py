@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -45,3 +46,13 @@ def test_where_the_time_of_the_loop_goes():
     assert result["ratio"] == pytest.approx(
         stages["all"]["flop"] / result["flop_per_second"] / stages["all"]["seconds"]
     )
+
+
+@pytest.mark.slow
+def test_memory_of_one_backbone_and_of_four_models(tmp_path: Path):
+    tiny.letter_policy().save(tmp_path / "model")
+    result = last_line("memory", "--model", str(tmp_path / "model"), "--checkpoint-activations")
+    assert result["rows"].keys() == {"one backbone", "four models"}
+    # Four times the weights (Q and the token value have no output embedding), and Adam's two moments of the policy's.
+    assert 5 < result["four_models_held_over_weights"] <= 6
+    assert result["held_over_weights"] < result["four_models_held_over_weights"]
