@@ -1,9 +1,10 @@
 """The command line `ippo`. Imports lazily: `ippo --help` and a mistake in a configuration load no torch."""
 
+import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -333,6 +334,31 @@ def chat(
     commands.run_chat(config, policy, q_source, system, ask=ask, console=_stdout())
 
 
+@cli.command()
+@click.argument("run", type=_FILE, metavar="RUN")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: one that is free.")
+@_common
+def serve_q(
+    run: Path, host: str, port: int, config_path: Path | None, assignments: Sequence[str], as_json: bool
+) -> None:
+    """Serve the Q-function of a run over HTTP: rewards for prompts and responses.
+
+    RUN is a run's folder (its newest Q-function), a stage's, or a Q-function's own. Settings are those of the run.
+    With the environment variable IPPO_API_KEY, requests need it as their bearer token.
+    """
+    _require_installed("serve-q", "serve", "fastapi", "uvicorn", "prometheus_client")
+    from iterative_ppo import run_directory
+
+    folder = run_directory.find_q_function(run)
+    tables = config_module.load(config_path) if config_path else run_directory.settings_beside(run, folder)
+    config = _configured(tables, assignments)
+    _say_start()
+    from iterative_ppo import commands
+
+    _finish(commands.run_serve_q(config, folder, host=host, port=port, console=_stdout()), as_json)
+
+
 @cli.command(name="config")
 @click.argument("config_path", required=False, type=_FILE, metavar="[CONFIG.toml]")
 @_settings
@@ -364,10 +390,19 @@ def _fail(message: str, code: int) -> None:
 
 
 def _configuration(path: Path | None, assignments: Sequence[str]) -> Config:
-    tables = config_module.load(path) if path else {}
+    return _configured(config_module.load(path) if path else {}, assignments)
+
+
+def _configured(tables: Mapping[str, Any], assignments: Sequence[str]) -> Config:
     for assignment in assignments:
         tables = config_module.with_setting(tables, assignment)
     return config_module.from_dict(tables)
+
+
+def _require_installed(command: str, extra: str, *modules: str) -> None:
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f'{command}: {module} is not installed: pip install -c constraints.txt -e ".[{extra}]"')
 
 
 def _require_readable(logs: Path) -> None:

@@ -27,6 +27,7 @@ from iterative_ppo.intervals import mean_interval
 from iterative_ppo.policy import Policy
 from iterative_ppo.policy_iteration import IterationRecord, iterate
 from iterative_ppo.q_function import QFunction, load_card
+from iterative_ppo.q_scoring import QScorer
 from iterative_ppo.ranking import rank_within_states
 from iterative_ppo.run_directory import RunDirectory, to_json, write_json
 from iterative_ppo.stages import Stages, gate, total_reward
@@ -360,6 +361,18 @@ def run_chat(
         console.print(f"policy: {answer}{note}", highlight=False, markup=False)
         messages.append(Message(role="assistant", content=answer))
     return Conversation(id="chat", messages=tuple(messages), end="censored")
+
+
+def run_serve_q(config: Config, folder: Path, *, host: str, port: int, console: Console) -> dict[str, Any]:
+    """A Q-function over HTTP until the process is told to stop; the extra `serve` must be installed."""
+    from iterative_ppo import q_server
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    num_answered = q_server.serve(folder, lambda: QScorer.load(folder, config), host=host, port=port, say=say)
+    say(f"stopped: {num_answered:,} items answered")
+    return {"q_function": str(folder), "num_answered": num_answered}
 
 
 def load(config: Config, source: str) -> Policy:

@@ -5,7 +5,9 @@ A check knows no file, no line and no path to its value: a FieldError gathers th
 
 import difflib
 import itertools
+import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -55,20 +57,62 @@ REPEATED = object()
 """Stands for the value of a key that one JSON object holds twice: every check refuses it, at its own path."""
 
 
+def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        record.update({key: REPEATED for key, count in counts.items() if count > 1})
+    return record
+
+
+# NaN and Infinity are let through here and refused by the checks, which know the field.
+_DECODER = json.JSONDecoder(object_pairs_hook=_json_object, parse_constant=float)
+
+
+def parse_json(raw: bytes, *, hint: str = "") -> object:
+    """A JSON value from UTF-8.
+
+    Args:
+        hint: added to the reason where it is not valid JSON.
+
+    Raises:
+        FieldError: it is none, with an empty path.
+    """
+    if b"\0" in raw:
+        offset = raw.index(b"\0")
+        raise FieldError("", f"NUL byte at byte offset {offset}: cut by a crash, or UTF-16 and not UTF-8?")
+    try:
+        text = raw.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        bad = f"byte 0x{raw[error.start]:02x} at byte offset {error.start}"
+        raise FieldError("", f"not UTF-8: {bad}") from None
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        near = repr(text[error.pos : error.pos + 20]) if error.pos < len(text) else "the end of the line"
+        raise FieldError("", f"not valid JSON at {line}column {error.colno}, near {near}: {error.msg}{hint}") from None
+    except RecursionError:
+        raise FieldError("", "not readable: nested too deeply") from None
+    except ValueError:
+        # Python's guard against quadratic time; json passes it on without a position.
+        raise FieldError("", "not readable: holds an integer of more than 4,300 digits") from None
+
+
 def shown(text: str) -> str:
     """Text quoted on one line, shortened."""
     return repr(text) if len(text) <= 40 else f"{text[:40]!r}..."
 
 
-def _wrong(value: object, wanted: str) -> str:
+def wrong_kind(value: object, wanted: str) -> str:
     if value is REPEATED:
         return "the key stands more than once in this object"
     return f"must be {wanted}, not {_KINDS.get(type(value), type(value).__name__)}"
 
 
-def _text(value: object) -> str:
+def check_text(value: object) -> str:
     if not isinstance(value, str):
-        raise FieldError("", _wrong(value, "a string"))
+        raise FieldError("", wrong_kind(value, "a string"))
     if not value.isascii():
         try:
             value.encode()
@@ -82,7 +126,7 @@ def _text(value: object) -> str:
 def _name(value: object) -> str:
     if isinstance(value, str) and not value.strip():
         raise FieldError("", "must not be empty")
-    return _text(value)
+    return check_text(value)
 
 
 def _content(value: object) -> str:
@@ -90,14 +134,14 @@ def _content(value: object) -> str:
         raise FieldError("", "must be a string, not null; write an empty string where nothing was said")
     if isinstance(value, list):
         raise FieldError("", "must be a string: content as a list of parts is not supported, give the text")
-    return _text(value)
+    return check_text(value)
 
 
 def _number(value: object) -> float:
     if isinstance(value, bool):
         raise FieldError("", f"must be a number, not {str(value).lower()}; write {int(value)}")
     if not isinstance(value, (int, float)):
-        raise FieldError("", _wrong(value, "a number"))
+        raise FieldError("", wrong_kind(value, "a number"))
     try:
         number = float(value)
     except OverflowError:
@@ -117,7 +161,7 @@ def _logprob(value: object) -> float:
 def _one_of(value: object, allowed: tuple[str, ...], aliases: dict[str, str]) -> str:
     if isinstance(value, str) and value in allowed:
         return value
-    text = _text(value)
+    text = check_text(value)
     nearest = difflib.get_close_matches(text.lower(), allowed, n=1)
     meant = aliases.get(text.lower()) or (nearest[0] if nearest else None)
     hint = f"; did you mean `{meant}`?" if meant else ""
@@ -139,13 +183,13 @@ def _end(value: object) -> str:
 def _json(value: object, depth: int = 0) -> object:
     """Any value that JSON can hold, and that reads back as it was written."""
     if isinstance(value, str):
-        return _text(value)
+        return check_text(value)
     if value is None or isinstance(value, int):
         return value
     if isinstance(value, float):
         return _number(value)
     if not isinstance(value, dict | list):
-        raise FieldError("", _wrong(value, "a JSON value"))
+        raise FieldError("", wrong_kind(value, "a JSON value"))
     if depth == _MAX_DEPTH:
         raise FieldError("", f"nested more than {_MAX_DEPTH} levels deep")
     items: Iterable[tuple[str | int, object]] = value.items() if isinstance(value, dict) else enumerate(value)
@@ -163,19 +207,19 @@ def _key(key: object) -> None:
     if not isinstance(key, str):
         raise FieldError("", f"keys must be strings, not of type {type(key).__name__}")
     try:
-        _text(key)
+        check_text(key)
     except FieldError as error:
         raise FieldError("", f"key {shown(key)}: {error.reason}") from None
 
 
 def _object(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise FieldError("", _wrong(value, "an object"))
+        raise FieldError("", wrong_kind(value, "an object"))
     _json(value)
     return value
 
 
-def _required(record: dict[str, Any], key: str, check: Callable[[object], _T]) -> _T:
+def required(record: dict[str, Any], key: str, check: Callable[[object], _T]) -> _T:
     if key not in record:
         raise FieldError(key, "is missing")
     try:
@@ -185,7 +229,7 @@ def _required(record: dict[str, Any], key: str, check: Callable[[object], _T]) -
 
 
 def _optional(record: dict[str, Any], key: str, check: Callable[[object], _T]) -> _T | None:
-    return None if record.get(key) is None else _required(record, key, check)
+    return None if record.get(key) is None else required(record, key, check)
 
 
 def _unknown(record: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
@@ -196,9 +240,9 @@ def _unknown(record: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
 
 def _message(value: object) -> Message:
     if not isinstance(value, dict):
-        raise FieldError("", _wrong(value, "an object with role and content"))
-    role = _required(value, "role", _role)
-    content = _required(value, "content", _content)
+        raise FieldError("", wrong_kind(value, "an object with role and content"))
+    role = required(value, "role", _role)
+    content = required(value, "content", _content)
     if len(value) == 2:
         return Message(role=role, content=content)  # most messages of most logs: worth a short cut
     for key in _ASSISTANT_KEYS:
@@ -207,7 +251,7 @@ def _message(value: object) -> Message:
     return Message(
         role=role,
         content=content,
-        suggestion=_optional(value, "suggestion", _text),
+        suggestion=_optional(value, "suggestion", check_text),
         decision=_optional(value, "decision", _decision),
         logprob=_optional(value, "logprob", _logprob),
         prompt=_optional(value, "prompt", _name),
@@ -219,7 +263,7 @@ def _message(value: object) -> Message:
 
 def _messages(value: object) -> tuple[Message, ...]:
     if not isinstance(value, list):
-        raise FieldError("", _wrong(value, "a list of messages"))
+        raise FieldError("", wrong_kind(value, "a list of messages"))
     if not value:
         raise FieldError("", "must not be empty")
     messages: list[Message] = []
@@ -303,11 +347,11 @@ def check_conversation(record: object) -> Conversation:
         FieldError: The record is malformed.
     """
     if not isinstance(record, dict):
-        raise FieldError("", _wrong(record, "a JSON object with id and messages"))
+        raise FieldError("", wrong_kind(record, "a JSON object with id and messages"))
     outcome = _optional(record, "outcome", _number)
     return Conversation(
-        id=_required(record, "id", _name),
-        messages=_required(record, "messages", _messages),
+        id=required(record, "id", _name),
+        messages=required(record, "messages", _messages),
         policy=_optional(record, "policy", _name),
         outcome=outcome,
         end=_optional(record, "end", _end) or ("censored" if outcome is None else "terminated"),

@@ -7,12 +7,11 @@ the same for every optional key, and `conversation_to_dict` leaves such keys out
 import errno
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from iterative_ppo.conversation_checks import REPEATED, FieldError, check_conversation, without_nulls
+from iterative_ppo.conversation_checks import FieldError, check_conversation, parse_json, without_nulls
 from iterative_ppo.conversations import Conversation, LogError
 
 BadLines = Literal["error", "skip"]
@@ -64,38 +63,8 @@ def conversation_to_dict(conversation: Conversation) -> dict[str, Any]:
     return without_nulls(known) | conversation.extra
 
 
-def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        record.update({key: REPEATED for key, count in counts.items() if count > 1})
-    return record
-
-
-# NaN and Infinity are let through here and refused by the checks, which know the field.
-_DECODER = json.JSONDecoder(object_pairs_hook=_json_object, parse_constant=float)
-
-
 def _parse(raw: bytes) -> object:
-    if b"\0" in raw:
-        offset = raw.index(b"\0")
-        raise FieldError("", f"NUL byte at byte offset {offset}: cut by a crash, or UTF-16 and not UTF-8?")
-    try:
-        text = raw.decode("utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        bad = f"byte 0x{raw[error.start]:02x} at byte offset {error.start}"
-        raise FieldError("", f"not UTF-8: {bad}") from None
-    try:
-        return _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        near = repr(text[error.pos : error.pos + 20]) if error.pos < len(text) else "the end of the line"
-        cut = "" if raw.endswith(b"\n") else "; the file ends in this line: was it cut off?"
-        raise FieldError("", f"not valid JSON at column {error.pos + 1}, near {near}: {error.msg}{cut}") from None
-    except RecursionError:
-        raise FieldError("", "not readable: nested too deeply") from None
-    except ValueError:
-        # Python's guard against quadratic time; json passes it on without a position.
-        raise FieldError("", "not readable: holds an integer of more than 4,300 digits") from None
+    return parse_json(raw, hint="" if raw.endswith(b"\n") else "; the file ends in this line: was it cut off?")
 
 
 class Rejects:

@@ -74,10 +74,9 @@ class Policy:
         self.tokenizer = tokenizer
         self.config = config
         self.temperature = config.temperature
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.context_tokens
         self.renderer = Renderer(
             tokenizer,
-            context_tokens=min(config.context_tokens, limit),
+            context_tokens=context_limit(model, config),
             max_response_tokens=config.max_response_tokens,
         )
         self.pad_id = self.renderer.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -340,6 +339,12 @@ class Policy:
             return -token_logprobs(logits_NV, batch.target_N.to(self.device)).sum(), precedes_BT.sum()
 
         return loss_sum_and_weight
+
+
+def context_limit(model: PreTrainedModel, config: PolicyConfig) -> int:
+    """Most tokens of prompt and response together: the configured number, or the model's own limit if that is smaller."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.context_tokens
+    return min(config.context_tokens, limit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -188,13 +188,21 @@ class QFunction(nn.Module):
 
     def values(self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int) -> Tensor:
         """Q = link(mean head · hidden) of each response [B]: what the one-label checkpoint gives."""
-        return self.to_value(self.ensemble_scalars(prompts, responses, tokens_per_batch=tokens_per_batch).mean(1))
+        return self.mean_value(self.ensemble_scalars(prompts, responses, tokens_per_batch=tokens_per_batch))
 
     def pessimistic_values(
         self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, pessimism: float, tokens_per_batch: int
     ) -> Tensor:
         """Ensemble mean minus `pessimism` standard deviations of each response [B]: the improvement step's reward."""
         scalar_BM = self.ensemble_scalars(prompts, responses, tokens_per_batch=tokens_per_batch)
+        return self.pessimistic_value(scalar_BM, pessimism=pessimism)
+
+    def mean_value(self, scalar_BM: Tensor) -> Tensor:
+        """`values` from every member's scalar."""
+        return self.to_value(scalar_BM.mean(1))
+
+    def pessimistic_value(self, scalar_BM: Tensor, *, pessimism: float) -> Tensor:
+        """`pessimistic_values` from every member's scalar."""
         return lower_confidence(self.to_value(scalar_BM), pessimism=pessimism)
 
     @torch.no_grad()

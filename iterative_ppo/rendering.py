@@ -7,6 +7,7 @@ end-of-response token included.
 
 import itertools
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ Chat = Sequence[Mapping[str, str]]
 TokenIds = tuple[int, ...]
 
 _PROBE = "PROBE"
-_MAX_REMEMBERED_PIECES = 50_000
+_MAX_REMEMBERED_CHARACTERS = 20_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +123,7 @@ class Renderer:
             [{"role": "assistant", "content": _PROBE}, {"role": "user", "content": "a"}]
         )
         self._pieces: dict[str, TokenIds] = {}
+        self._num_remembered_characters = 0
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(
             tokenizer.all_special_tokens
         )
@@ -142,12 +144,16 @@ class Renderer:
         """
         chat = list(chat)
         num_system = int(bool(chat) and chat[0]["role"] == "system")
-        token_ids = self.encode(self.prompt_text(chat))
-        num_dropped = 0
-        while len(token_ids) > self.prompt_budget and len(chat) > num_system + 1:
-            del chat[num_system]
-            num_dropped += 1
-            token_ids = self.encode(self.prompt_text(chat))
+        num_droppable = len(chat) - num_system - 1
+
+        def without(num_dropped: int) -> TokenIds:
+            return self.encode(self.prompt_text([*chat[:num_system], *chat[num_system + num_dropped :]]))
+
+        token_ids, num_dropped = without(0), 0
+        if len(token_ids) > self.prompt_budget and num_droppable > 0:
+            fewer = range(1, num_droppable)
+            num_dropped = 1 + bisect_left(fewer, True, key=lambda n: len(without(n)) <= self.prompt_budget)
+            token_ids = without(num_dropped)
         return self._cut(token_ids, num_dropped_messages=num_dropped)
 
     def prompt_from_text(self, text: str) -> RenderedPrompt:
@@ -181,8 +187,10 @@ class Renderer:
         """Tokens of a text. Remembered: a conversation's messages come again with each of its turns."""
         token_ids = self._pieces.get(text)
         if token_ids is None:
-            if len(self._pieces) >= _MAX_REMEMBERED_PIECES:
+            self._num_remembered_characters += len(text)
+            if self._num_remembered_characters > _MAX_REMEMBERED_CHARACTERS:
                 self._pieces.clear()
+                self._num_remembered_characters = len(text)
             token_ids = (
                 tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else ()
             )

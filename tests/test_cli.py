@@ -471,6 +471,8 @@ def test_config_prints_a_configuration_that_it_reads_back(tmp_path: Path) -> Non
         (["iterate", "missing.toml"], 2),
         (["step", "--logs", "missing.jsonl", "--out", "x"], 2),
         (["fit", "--logs", "missing.jsonl", "--policy", "p", "--out", "x"], 2),
+        (["serve-q", "--help"], 0),
+        (["serve-q", "missing"], 2),
     ],
 )
 def test_what_needs_no_torch_loads_none(arguments: list[str], code: int, tmp_path: Path) -> None:
@@ -478,7 +480,7 @@ def test_what_needs_no_torch_loads_none(arguments: list[str], code: int, tmp_pat
         "import sys; sys.argv = ['ippo', *sys.argv[1:]]\n"
         "from iterative_ppo.__main__ import main\n"
         "try:\n    main()\n    code = 0\nexcept SystemExit as stop:\n    code = stop.code or 0\n"
-        "slow = {'torch', 'transformers', 'sklearn', 'matplotlib', 'scipy', 'gymnasium'} & set(sys.modules)\n"
+        "slow = {'torch', 'transformers', 'sklearn', 'matplotlib', 'scipy', 'gymnasium', 'fastapi'} & set(sys.modules)\n"
         "print('loaded', sorted(slow), code)"
     )
     command = [sys.executable, "-P", "-c", program, *arguments]

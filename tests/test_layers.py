@@ -56,6 +56,12 @@ LAYERS: list[dict[str, str]] = [
         "conformance": "",
         "report": "conformance policy_iteration ranking",
         "tables": "",
+        "dynamic_batching": "",
+        "http_guard": "",
+        "q_scoring": "from_logs",
+        "q_requests": "q_scoring",
+        "q_metrics": "q_scoring",
+        "q_server": "dynamic_batching http_guard q_metrics q_requests q_scoring",
         "serve": "run_directory turns_to_tokens",
     },
     {  # 4: the command line; may import everything
