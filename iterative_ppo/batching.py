@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iterative_ppo import distributed
+
 _PADDED_PER_TOKEN = 1.5
 
 
@@ -26,6 +28,13 @@ def micro_batches(lengths: Sequence[int], *, tokens_per_batch: int) -> list[list
             batches.append([row])
             num_tokens = lengths[row]
     return batches
+
+
+def own_micro_batches(lengths: Sequence[int], *, tokens_per_batch: int) -> list[list[int]]:
+    """The same of this process's share of the rows: of all rows, where there are no other processes."""
+    own = distributed.share_of(lengths)
+    batches = micro_batches([lengths[row] for row in own], tokens_per_batch=tokens_per_batch)
+    return [[own[place] for place in batch] for batch in batches]
 
 
 def pad_right(rows: Sequence[Sequence[int]], *, pad_id: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """A language model as the policy π(response | prompt): load, sample, score, clone from logs, save."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from iterative_ppo import adapters
+from iterative_ppo import adapters, distributed
 from iterative_ppo.activation_checkpointing import gradient_pass, keep_no_activations
 from iterative_ppo.batching import pad_right
 from iterative_ppo.config import PolicyConfig
@@ -176,7 +177,10 @@ class Policy:
         return sum(p.numel() for p in self.model.parameters())
 
     def save(self, folder: Path) -> None:
-        """Writes an ordinary transformers folder, or peft folder, whose generation settings are exactly this policy."""
+        """Writes an ordinary transformers folder, or peft folder, whose generation settings are exactly this policy.
+
+        Of several processes the main one does.
+        """
         self.model.generation_config = GenerationConfig(
             do_sample=True,
             temperature=self.temperature,
@@ -186,6 +190,8 @@ class Policy:
             eos_token_id=self.renderer.end_id,
             pad_token_id=self.pad_id,
         )
+        if not distributed.is_main():
+            return
         if adapters.has_adapter(self.model):
             adapters.save_adapter(self.model, folder)
             self.model.generation_config.save_pretrained(folder)
@@ -225,28 +231,32 @@ class Policy:
     ) -> SampledResponses:
         """One response to each of many prompts; `uniforms_BT` as in `ConversationCache.sample`.
 
-        What prompts share is encoded once: the prompts of one conversation, and one prompt given several times.
+        What prompts share is encoded once: the prompts of one conversation, and one prompt given several times. Several
+        processes each sample their share of the responses.
         """
-        token_ids: list[TokenIds] = [()] * len(prompts)
-        logprobs: list[tuple[float, ...]] = [()] * len(prompts)
+        responses: dict[int, tuple[TokenIds, tuple[float, ...]]] = {}
         num_done = 0
-        for chunk in _sampling_chunks(prompts):
+        for chunk in _sampling_chunks(prompts, _own_families(prompts)):
             rows = [row for family in chunk for row in family]
             cache = self.conversation_cache()
             cache.encode([prompts[family[-1]] for family in chunk])
             cache.keep([place for place, family in enumerate(chunk) for _ in family])
             sampled = cache.sample([prompts[row] for row in rows], uniforms_BT[rows])
-            for row, tokens, values in zip(rows, sampled.token_ids, sampled.token_logprobs, strict=True):
-                token_ids[row], logprobs[row] = tokens, values
+            responses |= zip(rows, zip(sampled.token_ids, sampled.token_logprobs, strict=True), strict=True)
             num_done += len(rows)
             progress(what, num_done, len(prompts))
-        return SampledResponses(token_ids=tuple(token_ids), token_logprobs=tuple(logprobs))
+        responses = distributed.gathered(responses)
+        return SampledResponses(
+            token_ids=tuple(responses[row][0] for row in range(len(prompts))),
+            token_logprobs=tuple(responses[row][1] for row in range(len(prompts))),
+        )
 
     def response_logits(
         self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int
     ) -> Iterator[ResponseLogits]:
         """Logits at every response token, in micro-batches of bounded size; differentiable.
 
+        Of several processes each has its share of the responses.
         Prompts that share a prefix are computed together (`shared_prefix`), and the vocabulary, the widest thing that
         a model computes, at the responses alone.
         """
@@ -274,11 +284,12 @@ class Policy:
         self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int
     ) -> list[list[float]]:
         """log π of every response token, one list a response."""
-        logprobs: list[list[float]] = [[] for _ in prompts]
+        logprobs: dict[int, list[float]] = {}
         for batch in self.response_logits(prompts, responses, tokens_per_batch=tokens_per_batch):
             for row, values in zip(batch.rows, batch.logprobs().tolist(), strict=True):
                 logprobs[row] = values[: len(responses[row])]
-        return logprobs
+        logprobs = distributed.gathered(logprobs)
+        return [logprobs[row] for row in range(len(prompts))]
 
     def clone(
         self,
@@ -380,11 +391,18 @@ def _is_trained_by_adapter(source: str | Path, config: PolicyConfig) -> bool:
     return sum(p.numel() for p in model.parameters()) >= _SMALLEST_FOR_ADAPTERS
 
 
-def _sampling_chunks(prompts: Sequence[TokenIds]) -> Iterator[list[list[int]]]:
+def _own_families(prompts: Sequence[TokenIds]) -> list[list[int]]:
+    """This process's share of the families of prompts; one that is more than a share is cut."""
+    size = math.ceil(len(prompts) / distributed.world_size())
+    cut = [family[start : start + size] for family in families(prompts) for start in range(0, len(family), size)]
+    return [cut[place] for place in distributed.share_of([len(family) for family in cut])]
+
+
+def _sampling_chunks(prompts: Sequence[TokenIds], groups: Sequence[list[int]]) -> Iterator[list[list[int]]]:
     """Families of prompts in chunks of at most `_SAMPLING_ROWS` rows, the shortest first."""
     chunk: list[list[int]] = []
     num_rows = 0
-    for whole in sorted(families(prompts), key=lambda family: len(prompts[family[-1]])):
+    for whole in sorted(groups, key=lambda family: len(prompts[family[-1]])):
         for start in range(0, len(whole), _SAMPLING_ROWS):
             family = whole[start : start + _SAMPLING_ROWS]
             if num_rows + len(family) > _SAMPLING_ROWS:

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iterative_ppo import losses
-from iterative_ppo.batching import micro_batches, pad_right, pad_values
+from iterative_ppo import distributed, losses
+from iterative_ppo.batching import own_micro_batches, pad_right, pad_values
 from iterative_ppo.config import QFunctionConfig
 from iterative_ppo.q_function import QFunction, TokenIds
 from iterative_ppo.supervised import FitHistory, Progress, fit_passes, no_progress
@@ -396,8 +396,8 @@ def _ridge_heads(
     num_heads, size = q_function.heads.shape
     gram_DD = torch.zeros(size, size, dtype=torch.float64)
     moment_DM = torch.zeros(size, num_heads, dtype=torch.float64)
-    num_positions = 0
-    for batch in micro_batches([len(s.token_ids) for s in sequences], tokens_per_batch=4 * tokens_per_batch):
+    num_positions = 0.0
+    for batch in own_micro_batches([len(s.token_ids) for s in sequences], tokens_per_batch=4 * tokens_per_batch):
         chosen = [sequences[b] for b in batch]
         token_BT, _ = pad_right([sequence.token_ids for sequence in chosen])
         weighted = [_token_weights(sequence, sequence.returns, ends_only=False) for sequence in chosen]
@@ -410,5 +410,8 @@ def _ridge_heads(
         gram_DD += hidden_ND.T @ hidden_ND
         moment_DM += hidden_ND.T @ target_NM
         num_positions += len(hidden_ND)
+    distributed.add_up(gram_DD)
+    distributed.add_up(moment_DM)
+    [num_positions] = distributed.sums(num_positions)
     ridge_DD = ridge * num_positions * torch.eye(size, dtype=torch.float64)
     q_function.heads.copy_(torch.linalg.solve(gram_DD + ridge_DD, moment_DM).T.float())

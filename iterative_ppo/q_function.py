@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from iterative_ppo import distributed
 from iterative_ppo.activation_checkpointing import gradient_pass, keep_no_activations
 from iterative_ppo.adapters import (
     add_adapter,
@@ -32,7 +33,7 @@ from iterative_ppo.adapters import (
     save_adapter,
     without_adapter,
 )
-from iterative_ppo.batching import micro_batches, pad_right
+from iterative_ppo.batching import own_micro_batches, pad_right
 from iterative_ppo.losses import lower_confidence
 from iterative_ppo.shared_prefix import TreeBatch, run_trees, takes_trees, tree_batches
 
@@ -127,12 +128,14 @@ class QFunction(nn.Module):
     def save(self, folder: Path, card: QFunctionCard, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes a transformers sequence-classification folder, the ensemble's heads and `q_function.json`.
 
-        Where the trunk has an adapter, it is a peft folder of that task.
+        Where the trunk has an adapter, it is a peft folder of that task. Of several processes the main one writes.
         """
         with torch.no_grad():
             self.model.score.weight.copy_(self.heads.mean(0, keepdim=True))
         tokenizer = _padded_by_another_than_its_end(tokenizer)
         self.model.config.pad_token_id = tokenizer.pad_token_id
+        if not distributed.is_main():
+            return
         if has_adapter(self.model):
             save_adapter(self.model, folder, heads={"score": self.model.score.weight})
         else:
@@ -184,7 +187,7 @@ class QFunction(nn.Module):
             prompts, responses, tokens_per_batch=4 * tokens_per_batch, share=takes_trees(self.model)
         ):
             scalar_BM[rows] = (batch.end(self.hidden_of_trees(batch)) @ self.heads.T).cpu()
-        return scalar_BM
+        return distributed.add_up(scalar_BM)  # each row is 0 but in one process
 
     def values(self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int) -> Tensor:
         """Q = link(mean head · hidden) of each response [B]: what the one-label checkpoint gives."""
@@ -202,13 +205,14 @@ class QFunction(nn.Module):
         self, rows: Sequence[TokenIds], positions: Sequence[Sequence[int]], *, tokens_per_batch: int
     ) -> list[list[float]]:
         """Q's scalar, before the link, at given token positions of each row, in one pass a row."""
-        read: list[list[float]] = [[] for _ in rows]
-        for batch in micro_batches([len(row) for row in rows], tokens_per_batch=4 * tokens_per_batch):
+        read: dict[int, list[float]] = {}
+        for batch in own_micro_batches([len(row) for row in rows], tokens_per_batch=4 * tokens_per_batch):
             token_BT, _ = pad_right([rows[b] for b in batch])
             scalar_BT = self(token_BT).mean(-1).cpu()
             for b, row in enumerate(batch):
                 read[row] = scalar_BT[b, list(positions[row])].tolist()
-        return read
+        read = distributed.gathered(read)
+        return [read[row] for row in range(len(rows))]
 
 
 class TokenValue(nn.Module):

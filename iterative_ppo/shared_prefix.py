@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iterative_ppo.batching import micro_batches
+from iterative_ppo.batching import own_micro_batches
 
 TokenIds = tuple[int, ...]
 
@@ -100,13 +100,15 @@ def tree_batches(
 ) -> Iterator[tuple[list[int], TreeBatch]]:
     """All rows as batches of trees, each with the rows that it holds, in the order of the batch's R.
 
+    Of several processes each has its share of the trees.
+
     Args:
         tokens_per_batch: padded tokens of a batch, at most (a larger tree goes alone).
         share: whether rows may share a tree; see `takes_trees`.
     """
     trees = _trees(prompts, responses) if share else [[row] for row in range(len(prompts))]
     sizes = [len(prompts[tree[-1]]) + sum(len(responses[row]) for row in tree) for tree in trees]
-    for batch in micro_batches(sizes, tokens_per_batch=tokens_per_batch):
+    for batch in own_micro_batches(sizes, tokens_per_batch=tokens_per_batch):
         chosen = [trees[tree] for tree in batch]
         yield [row for tree in chosen for row in tree], _tree_batch(chosen, prompts, responses)
 

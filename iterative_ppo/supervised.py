@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iterative_ppo.batching import micro_batches
+from iterative_ppo import distributed
+from iterative_ppo.batching import own_micro_batches
 from iterative_ppo.muon import Muon
 
 Progress = Callable[[str, int, int], None]
@@ -98,7 +99,7 @@ def fit_passes(
         for step in range(steps_per_pass):
             rows = order[step * rows_per_step : (step + 1) * rows_per_step]
             with torch.random.fork_rng(devices):
-                torch.manual_seed(int(dropout.integers(2**63)))
+                torch.manual_seed(int(dropout.integers(2**63)) + distributed.rank())
                 loss, weight = accumulate_gradient(
                     loss_sum_and_weight,
                     rows,
@@ -190,14 +191,18 @@ def accumulate_gradient(
 ) -> tuple[float, float]:
     """Adds the gradient of (sum of losses / sum of weights) over rows, in micro-batches of bounded size.
 
+    Of several processes each computes its share of the rows, and all have the same gradient afterwards.
+
     Returns the sum of losses and the sum of weights.
     """
     total_loss, total_weight = 0.0, 0.0
-    for batch in micro_batches(lengths, tokens_per_batch=tokens_per_batch):
+    for batch in own_micro_batches(lengths, tokens_per_batch=tokens_per_batch):
         loss, weight = loss_sum_and_weight([rows[i] for i in batch])
         loss.backward()
         total_loss += float(loss.detach())
         total_weight += float(weight)
+    total_loss, total_weight = distributed.sums(total_loss, total_weight)
+    distributed.sum_gradients(parameters)
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.div_(max(total_weight, 1e-12))
@@ -216,8 +221,9 @@ def mean_loss(
     """Weighted mean loss over rows, without training."""
     model.eval()
     total_loss, total_weight = 0.0, 0.0
-    for batch in micro_batches([lengths[row] for row in rows], tokens_per_batch=4 * tokens_per_batch):
+    for batch in own_micro_batches([lengths[row] for row in rows], tokens_per_batch=4 * tokens_per_batch):
         loss, weight = loss_sum_and_weight([rows[i] for i in batch])
         total_loss += float(loss)
         total_weight += float(weight)
+    total_loss, total_weight = distributed.sums(total_loss, total_weight)
     return total_loss / max(total_weight, 1e-12)
