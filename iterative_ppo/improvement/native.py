@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iterative_ppo import losses
+from iterative_ppo import distributed, losses
 from iterative_ppo.adapters import copy_sharing_frozen
 from iterative_ppo.batching import pad_right, pad_values
 from iterative_ppo.config import ImprovementConfig
@@ -268,6 +268,7 @@ class _Learner:
                 self._policy_step(rollout, advantage_BT, scale, rows, stats)
                 if self.value_parameters and self.config.token_value_learning_rate > 0:
                     self._value_step(rollout, baseline.return_BT, rows)
+            stats = stats.added_up()
             num_passes += 1
             if stats.policy_kl / stats.num_tokens > self.config.early_stop_kl:
                 break
@@ -297,7 +298,7 @@ class _Learner:
                 for logits in self.policy.response_logits(prompts, responses, tokens_per_batch=self.tokens_per_batch):
                     width = logits.mask_BT.shape[1]
                     old_logprob_BT[[rows[place] for place in logits.rows], :width] = logits.logprobs()
-        return dataclasses.replace(rollout, old_logprob_BT=old_logprob_BT)
+        return dataclasses.replace(rollout, old_logprob_BT=distributed.add_up(old_logprob_BT))
 
     def _baseline(self, rollout: Rollout) -> _Baseline:
         config = self.config
@@ -311,6 +312,7 @@ class _Learner:
                 rows = range(len(rollout.responses))
                 for batch, values in self._token_values(rollout, rows, tokens_per_batch=4 * self.tokens_per_batch):
                     value_BT[batch, : values.shape[1]] = values
+                distributed.add_up(value_BT)
             advantage_BT = losses.generalized_advantage_estimation(
                 token_reward_BT, value_BT, rollout.mask_BT, lambda_=config.gae_lambda
             )
@@ -355,6 +357,7 @@ class _Learner:
                 loss = loss + self.kl_coefficient * scale * losses.kl_loss(logprob_BT, anchor_BT, logits.mask_BT)
             (loss * len(batch) / len(rows)).backward()
             stats.add(logprob_BT.detach(), old_BT, logits.logits_NV.detach(), logits.mask_BT, clip=config.clip)
+        distributed.sum_gradients(self.policy_parameters)
         nn.utils.clip_grad_norm_(self.policy_parameters, 1.0)
         self.policy_optimizer.step()
         self.policy_optimizer.zero_grad(set_to_none=True)
@@ -366,6 +369,7 @@ class _Learner:
             mask_BT = rollout.mask_BT[batch, :width]
             loss = losses.token_value_loss(value_BT, return_BT[batch, :width], mask_BT)
             (loss * float(mask_BT.sum()) / num_tokens).backward()
+        distributed.sum_gradients(self.value_parameters)
         nn.utils.clip_grad_norm_(self.value_parameters, 1.0)
         self.value_optimizer.step()
         self.value_optimizer.zero_grad(set_to_none=True)
@@ -387,6 +391,10 @@ class _PassStatistics:
         self.num_clipped += num_tokens * float(losses.clip_fraction(logprob_BT, old_BT, mask_BT, clip=clip))
         self.policy_kl += float(losses.masked_sum(losses.kl_k3(old_BT, logprob_BT), mask_BT))
         self.entropy += float(losses.token_entropy(logits_NV).sum())
+
+    def added_up(self) -> "_PassStatistics":
+        """Of all processes."""
+        return _PassStatistics(*distributed.sums(self.num_tokens, self.num_clipped, self.policy_kl, self.entropy))
 
 
 def _normalized(advantage_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, float]:

@@ -1,0 +1,147 @@
+"""What test_distributed.py compares: the same work, done by one process there and by two in `torchrun` here."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny
+import torch
+from test_improvement import PROMPTS, config_of, says_a
+from test_q_function import by_response, make_logs
+from test_rollout import Game
+
+from iterative_ppo import distributed
+from iterative_ppo.config import QFunctionConfig
+from iterative_ppo.conversation_log import conversation_to_dict
+from iterative_ppo.environments.rollout import RolloutStatistics, collect, collect_scripted
+from iterative_ppo.improvement.native import improve
+from iterative_ppo.policy import Policy
+from iterative_ppo.q_fit import fit_q_function, predict
+from iterative_ppo.q_function import QFunction, TokenValue
+
+TOKENS = 128  # several micro-batches a step, and not the same number in each process
+Results = dict[str, Any]
+
+
+def policy_of(folder: Path) -> Policy:
+    return Policy.load(folder, tiny.policy_config())
+
+
+def q_function_of(policy: Policy) -> QFunction:
+    return QFunction.from_policy(policy.model, link="logistic", num_heads=2, pad_id=tiny.PAD, lora_rank=0, seed=0)
+
+
+def fit(folder: Path) -> Results:
+    """17 training rows: steps of 8, 8 and 1, of which the last leaves a process without a row."""
+    logs = make_logs(24, by_response, seed=0)
+    q_function = q_function_of(policy_of(folder))
+    history = fit_q_function(
+        q_function,
+        logs.sequences,
+        held_out=[row >= 17 for row in range(24)],
+        config=QFunctionConfig(max_passes=3, patience_passes=3, num_heads=2, learning_rate=3e-3),
+        tokens_per_batch=TOKENS,
+        generator=np.random.default_rng(0),
+    )
+    return {
+        "weights": weights_of(q_function),
+        "losses": [*history.train_losses, *history.held_out_losses],
+        "q_value": predict(q_function, logs.sequences, tokens_per_batch=TOKENS).q_value,
+    }
+
+
+def squared_error_fit(folder: Path) -> Results:
+    """Returns far from 0: the heads start from a ridge regression over all rows."""
+    logs = make_logs(24, by_response, seed=0)
+    policy = policy_of(folder)
+    q_function = QFunction.from_policy(policy.model, link="identity", num_heads=1, pad_id=tiny.PAD, lora_rank=0, seed=0)
+    settings = {"link": "identity", "loss": "squared_error", "num_heads": 1, "max_passes": 2, "learning_rate": 3e-3}
+    history = fit_q_function(
+        q_function,
+        logs.sequences,
+        held_out=[False] * 24,
+        config=QFunctionConfig(**settings),
+        tokens_per_batch=TOKENS,
+        generator=np.random.default_rng(0),
+    )
+    return {"weights": weights_of(q_function), "losses": [*history.train_losses, *history.held_out_losses]}
+
+
+def improvement(folder: Path, algorithm: str) -> Results:
+    policy = policy_of(folder)
+    result = improve(
+        policy,
+        PROMPTS,
+        says_a,
+        config_of(algorithm, num_updates=3, learning_rate=1e-3, token_value_learning_rate=1e-3),
+        token_value=TokenValue(q_function_of(policy)),
+        generator=np.random.default_rng(0),
+        tokens_per_batch=TOKENS,
+    )
+    metrics = [
+        [u.reward_mean, u.kl, u.entropy, u.clip_fraction, u.response_tokens, u.num_passes] for u in result.updates
+    ]
+    return {
+        "weights": weights_of(result.candidate.model),
+        "metrics": np.array(metrics),
+        "kl": result.kl,
+        "stop_reason": result.stop_reason,
+    }
+
+
+def rollouts(folder: Path) -> Results:
+    """13 conversations, 3 at a time in each process."""
+    statistics = RolloutStatistics()
+    games: list[Game] = []
+
+    def make() -> Game:
+        games.append(Game())
+        return games[-1]
+
+    conversations = collect(
+        policy_of(folder),
+        make,
+        num_conversations=13,
+        seed=3,
+        max_turns=9,
+        lockstep=3,
+        name="p",
+        statistics=statistics,
+    )
+    log = [conversation_to_dict(conversation) for conversation in conversations]
+    scripted = collect_scripted(Game, num_conversations=13, seed=3, max_turns=9)
+    return {
+        "log": log,
+        "own_resets": sum(len(game.totals) for game in games),
+        "scripted": [conversation_to_dict(conversation) for conversation in scripted],
+        "num_turns": statistics.num_turns,
+    }
+
+
+def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+CASES: dict[str, Callable[[Path], Results]] = {
+    "fit": fit,
+    "squared_error_fit": squared_error_fit,
+    "ppo": lambda folder: improvement(folder, "ppo"),
+    "grpo": lambda folder: improvement(folder, "grpo"),
+    "rollouts": rollouts,
+}
+
+
+def main(folder: Path, out: Path) -> None:
+    """Does every case and notes what this process ended with."""
+    torch.set_num_threads(1)
+    distributed._BUCKET_NUMBERS = 1000  # several messages for the gradients of a tiny model
+    with distributed.processes():
+        results = {name: case(folder) for name, case in CASES.items()}
+        results["world_size"] = distributed.world_size()
+        torch.save(results, out / f"{distributed.rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
