@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, TypeVar
 
 import click
@@ -350,6 +352,8 @@ def show_config(config_path: Path | None, assignments: Sequence[str]) -> None:
 
 def main() -> None:
     """Runs the command line; a user's mistake is one line and exit code 2."""
+    if _num_processes() > 1:
+        signal.signal(signal.SIGTERM, _end_with_the_others)
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -375,8 +379,18 @@ def _fail(message: str, code: int) -> None:
 
 def _let_the_first_speak() -> None:
     """A mistake that all processes find is said once: when the first on a machine ends, `torchrun` ends the others."""
-    if _num_processes() > 1 and os.environ["LOCAL_RANK"] != "0":
-        time.sleep(_SECONDS_TO_BE_ENDED)
+    if _num_processes() > 1:
+        if _local_rank() != "0":
+            time.sleep(_SECONDS_TO_BE_ENDED)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_with_the_others(_signal: int, _frame: FrameType | None) -> None:
+    """`torchrun` ends all processes when one has ended badly."""
+    if _local_rank() == "0":
+        said = "ippo: another process of this job has ended; finished stages are kept, and --resume goes on with them\n"
+        os.write(sys.stderr.fileno(), said.encode())  # no buffer, which may be in the middle of a line
+    os._exit(_EXIT_FAILED)  # whatever a library is waiting for
 
 
 def _configuration(path: Path | None, assignments: Sequence[str]) -> Config:
@@ -411,8 +425,13 @@ def _num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _local_rank() -> str:
+    """Which of its machine's processes this is."""
+    return os.environ.get("LOCAL_RANK", "0")
+
+
 def _is_main() -> bool:
-    return _num_processes() == 1 or os.environ["RANK"] == "0"
+    return _num_processes() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

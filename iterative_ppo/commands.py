@@ -1,5 +1,6 @@
 """What the commands do, from checked arguments to a JSON-ready result; the command line itself is `__main__`."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -160,7 +161,7 @@ def run_fit(
     """A Q-function from logs; with folds, what it can tell about conversations left out."""
     started = time.perf_counter()
     policy = load(config, policy_source)
-    conversations = list(read_conversations(logs, bad_lines=bad_lines))
+    conversations = read_log(logs, bad_lines)
     if out is not None:
         empty_folder(out)
     groups = group_names(conversations, group)
@@ -210,7 +211,7 @@ def run_improve(
     """One improvement step on the prompts of logs."""
     policy = load(config, policy_source)
     q_function = load_q_function(q_source, policy)
-    conversations = list(read_conversations(logs, bad_lines=bad_lines))
+    conversations = read_log(logs, bad_lines)
     empty_folder(out)
     metrics = improve_from_logs(
         config,
@@ -370,6 +371,12 @@ def policy_folder(source: str) -> str:
     """Where a policy's weights are: the source itself, or the `policy` in a stage's folder."""
     inner = Path(source) / "policy"
     return str(inner) if inner.is_dir() else source
+
+
+def read_log(logs: Path, bad_lines: BadLines) -> list[Conversation]:
+    """The conversations of a log; of several processes the main one sets bad lines aside."""
+    rejects = None if distributed.is_main() else Path(os.devnull)
+    return list(read_conversations(logs, bad_lines=bad_lines, rejects=rejects))
 
 
 def environment_maker(config: Config) -> Callable[[], TextEnvironment]:
