@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 _TIMEOUT = timedelta(minutes=30)
 _BUCKET_NUMBERS = 2**24
@@ -134,7 +135,8 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Adds the gradients up over the processes; a parameter has one where it has one in any of them."""
     if not _is_several():
         return
-    for bucket in _buckets(parameters):
+    # A sharded gradient has been added up when it was computed.
+    for bucket in _buckets([p for p in parameters if not isinstance(p, DTensor)]):
         flat = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in bucket]
         has_gradient = torch.tensor([p.grad is not None for p in bucket], dtype=torch.float32, device=bucket[0].device)
         total = add_up(torch.cat([*flat, has_gradient]))

@@ -308,6 +308,7 @@ def load_policy(config: Config, source: str | Path) -> Policy:
         device=resolve_device(config.compute.device),
         dtype=getattr(torch, config.compute.dtype),
         checkpoint_activations=config.compute.checkpoint_activations,
+        shard_weights=config.compute.shard_weights,
     )
 
 

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from iterative_ppo import adapters, distributed
+from iterative_ppo import adapters, distributed, sharding
 from iterative_ppo.activation_checkpointing import gradient_pass, keep_no_activations
 from iterative_ppo.batching import pad_right
 from iterative_ppo.config import PolicyConfig
@@ -50,7 +50,8 @@ class ResponseLogits:
     """
 
     rows: list[int]
-    """Which of the rows that were asked for these are."""
+    """Which of the rows that were asked for these are. None, where a sharded model computes something only because the
+    other processes do."""
     logits_NV: Tensor
     token_N: Tensor
     mask_BT: Tensor
@@ -93,6 +94,7 @@ class Policy:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         checkpoint_activations: bool = False,
+        shard_weights: bool = False,
     ) -> "Policy":
         """Loads a hub id or a folder, of a whole model or of an adapter.
 
@@ -101,9 +103,10 @@ class Policy:
         Args:
             dtype: of frozen weights; trained ones are float32.
             checkpoint_activations: see `activation_checkpointing`.
+            shard_weights: whether several processes each keep a part of the weights; see `sharding`.
 
         Raises:
-            ValueError: with one line where there is no such model.
+            ValueError: with one line where there is no such model, or it cannot be sharded.
         """
         try:
             base = adapters.base_of(source)
@@ -124,7 +127,15 @@ class Policy:
             model.requires_grad_(not freezes)
         if checkpoint_activations:
             keep_no_activations(model)
-        return cls(model.to(device), tokenizer, config)
+        if not shard_weights or distributed.world_size() == 1:
+            return cls(model.to(device), tokenizer, config)
+        if adapters.has_adapter(model) or adapters.is_frozen(model):
+            raise ValueError(
+                "compute.shard_weights: the frozen weights that adapters share are not sharded; train all weights "
+                "(policy.lora_rank = 0), or shard none"
+            )
+        sharding.shard(model, device)
+        return cls(model, tokenizer, config)
 
     @classmethod
     def tiny(cls, texts: Iterable[str], config: PolicyConfig, *, seed: int, device: str = "cpu") -> "Policy":
@@ -181,7 +192,10 @@ class Policy:
 
         Of several processes the main one does.
         """
-        self.model.generation_config = GenerationConfig(
+        model = sharding.whole(self.model)
+        if not distributed.is_main():
+            return
+        model.generation_config = GenerationConfig(
             do_sample=True,
             temperature=self.temperature,
             top_k=0,
@@ -190,13 +204,11 @@ class Policy:
             eos_token_id=self.renderer.end_id,
             pad_token_id=self.pad_id,
         )
-        if not distributed.is_main():
-            return
-        if adapters.has_adapter(self.model):
-            adapters.save_adapter(self.model, folder)
-            self.model.generation_config.save_pretrained(folder)
+        if adapters.has_adapter(model):
+            adapters.save_adapter(model, folder)
+            model.generation_config.save_pretrained(folder)
         else:
-            self.model.save_pretrained(folder)
+            model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def conversation_cache(self) -> ConversationCache:
@@ -236,15 +248,16 @@ class Policy:
         """
         responses: dict[int, tuple[TokenIds, tuple[float, ...]]] = {}
         num_done = 0
-        for chunk in _sampling_chunks(prompts, _own_families(prompts)):
-            rows = [row for family in chunk for row in family]
-            cache = self.conversation_cache()
-            cache.encode([prompts[family[-1]] for family in chunk])
-            cache.keep([place for place, family in enumerate(chunk) for _ in family])
-            sampled = cache.sample([prompts[row] for row in rows], uniforms_BT[rows])
-            responses |= zip(rows, zip(sampled.token_ids, sampled.token_logprobs, strict=True), strict=True)
-            num_done += len(rows)
-            progress(what, num_done, len(prompts))
+        with sharding.gathered(self.model):
+            for chunk in _sampling_chunks(prompts, _own_families(prompts)):
+                rows = [row for family in chunk for row in family]
+                cache = self.conversation_cache()
+                cache.encode([prompts[family[-1]] for family in chunk])
+                cache.keep([place for place, family in enumerate(chunk) for _ in family])
+                sampled = cache.sample([prompts[row] for row in rows], uniforms_BT[rows])
+                responses |= zip(rows, zip(sampled.token_ids, sampled.token_logprobs, strict=True), strict=True)
+                num_done += len(rows)
+                progress(what, num_done, len(prompts))
         responses = distributed.gathered(responses)
         return SampledResponses(
             token_ids=tuple(responses[row][0] for row in range(len(prompts))),
@@ -261,7 +274,11 @@ class Policy:
         a model computes, at the responses alone.
         """
         for rows, batch in tree_batches(
-            prompts, responses, tokens_per_batch=tokens_per_batch, share=takes_trees(self.model)
+            prompts,
+            responses,
+            tokens_per_batch=tokens_per_batch,
+            share=takes_trees(self.model),
+            in_step=torch.is_grad_enabled() and sharding.is_sharded(self.model),
         ):
             mask_BT = batch.mask_RL
             logits_NV = run_trees(
@@ -285,9 +302,10 @@ class Policy:
     ) -> list[list[float]]:
         """log π of every response token, one list a response."""
         logprobs: dict[int, list[float]] = {}
-        for batch in self.response_logits(prompts, responses, tokens_per_batch=tokens_per_batch):
-            for row, values in zip(batch.rows, batch.logprobs().tolist(), strict=True):
-                logprobs[row] = values[: len(responses[row])]
+        with sharding.gathered(self.model):
+            for batch in self.response_logits(prompts, responses, tokens_per_batch=tokens_per_batch):
+                for row, values in zip(batch.rows, batch.logprobs().tolist(), strict=True):
+                    logprobs[row] = values[: len(responses[row])]
         logprobs = distributed.gathered(logprobs)
         return [logprobs[row] for row in range(len(prompts))]
 
@@ -327,9 +345,8 @@ class Policy:
     def _has_plain_head(self) -> bool:
         """Whether logits are the output embedding of the hidden state and nothing else (no cap, no scale)."""
         token_BT = torch.tensor([[self.renderer.end_id, self.pad_id]], device=self.device)
-        with torch.no_grad():
-            hidden_BTD = self.model.base_model(input_ids=token_BT, use_cache=False).last_hidden_state
-            plain_BTV = self.model.get_output_embeddings()(hidden_BTD)
+        with torch.no_grad(), sharding.gathered(self.model):
+            plain_BTV = sharding.within(self.model, lambda: self._plain_logits(lambda x: x, input_ids=token_BT))
             return torch.allclose(plain_BTV, self.model(input_ids=token_BT, use_cache=False).logits, atol=1e-5)
 
     def _logits_at(self, choose: Callable[[Tensor], Tensor], **inputs: Tensor) -> Tensor:
@@ -338,8 +355,13 @@ class Policy:
         with gradient_pass(self.model):
             if not has_plain_head:
                 return choose(self.model(**inputs, use_cache=False).logits).float() / self.temperature
-            hidden_ND = choose(self.model.base_model(**inputs, use_cache=False).last_hidden_state)
-            return self.model.get_output_embeddings()(hidden_ND).float() / self.temperature
+            logits_NV = sharding.within(self.model, lambda: self._plain_logits(choose, **inputs))
+            return logits_NV.float() / self.temperature
+
+    def _plain_logits(self, choose: Callable[[Tensor], Tensor], **inputs: Tensor) -> Tensor:
+        hidden_ND = choose(self.model.base_model(**inputs, use_cache=False).last_hidden_state)
+        logits_NV: Tensor = self.model.get_output_embeddings()(hidden_ND)
+        return logits_NV
 
     def _negative_log_likelihood(
         self, sequences: Sequence[TurnSequence]

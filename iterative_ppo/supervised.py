@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from iterative_ppo import distributed
 from iterative_ppo.batching import own_micro_batches
 from iterative_ppo.muon import Muon
+from iterative_ppo.sharding import by_kind, clip_gradients, gathered, has_shards
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, how much of it is done, and out of how much."""
@@ -166,7 +167,9 @@ class _ScheduledOptimizer:
         others = [p for p in parameters if id(p) not in by_muon]
         self.parameters = parameters
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.01, fused=True)
+            torch.optim.AdamW(
+                [{"params": group} for group in by_kind(others)], lr=learning_rate, weight_decay=0.01, fused=True
+            )
         ]
         if matrices:
             self.optimizers.append(Muon(matrices, lr=learning_rate, weight_decay=0.01))
@@ -174,7 +177,7 @@ class _ScheduledOptimizer:
 
     def step(self) -> None:
         """Takes a step along the gradients and forgets them."""
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        clip_gradients(self.parameters, 1.0)
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
             schedule.step()
@@ -196,7 +199,11 @@ def accumulate_gradient(
     Returns the sum of losses and the sum of weights.
     """
     total_loss, total_weight = 0.0, 0.0
-    for batch in own_micro_batches(lengths, tokens_per_batch=tokens_per_batch):
+    for batch in own_micro_batches(lengths, tokens_per_batch=tokens_per_batch, in_step=has_shards(parameters)):
+        if not batch:  # the other processes cannot gather their weights without this one
+            loss, _ = loss_sum_and_weight([rows[0]])
+            (0.0 * loss).backward()
+            continue
         loss, weight = loss_sum_and_weight([rows[i] for i in batch])
         loss.backward()
         total_loss += float(loss.detach())
@@ -221,9 +228,10 @@ def mean_loss(
     """Weighted mean loss over rows, without training."""
     model.eval()
     total_loss, total_weight = 0.0, 0.0
-    for batch in own_micro_batches([lengths[row] for row in rows], tokens_per_batch=4 * tokens_per_batch):
-        loss, weight = loss_sum_and_weight([rows[i] for i in batch])
-        total_loss += float(loss)
-        total_weight += float(weight)
+    with gathered(model):
+        for batch in own_micro_batches([lengths[row] for row in rows], tokens_per_batch=4 * tokens_per_batch):
+            loss, weight = loss_sum_and_weight([rows[i] for i in batch])
+            total_loss += float(loss)
+            total_weight += float(weight)
     total_loss, total_weight = distributed.sums(total_loss, total_weight)
     return total_loss / max(total_weight, 1e-12)

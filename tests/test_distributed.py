@@ -19,9 +19,10 @@ from test_cli import Finished, run, sets, shop
 from test_resume import assert_same_results
 
 from iterative_ppo import distributed
+from iterative_ppo import policy as policy_module
+from iterative_ppo.policy import Policy
 
 TOLERANCE = 1e-5
-WEIGHTS_TOLERANCE = 1e-4
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 Results = dict[str, Any]
 
@@ -70,7 +71,7 @@ def two(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
     out = tmp_path_factory.mktemp("two")
     finished = run_two(distributed_worker.__file__, model, out, folder=out)
     assert finished.code == 0, finished.stderr
-    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return [torch.load(out / f"{rank}.pt", weights_only=False) | {"out": out} for rank in (0, 1)]
 
 
 def largest_differences(a: Any, b: Any) -> dict[str, float]:
@@ -88,16 +89,17 @@ def test_there_really_are_two(two: list[Results]) -> None:
     assert [results["world_size"] for results in two] == [2, 2]
 
 
-@pytest.mark.parametrize("case", ["fit", "squared_error_fit", "ppo", "grpo"])
+@pytest.mark.parametrize(
+    "case", ["fit", "squared_error_fit", "ppo", "grpo", "sharded_fit", "sharded_ppo", "sharded_grpo"]
+)
 def test_two_processes_end_with_the_numbers_of_one(case: str, model: Path, two: list[Results]) -> None:
     one = distributed_worker.CASES[case](model)
     differences = largest_differences(one, two[0][case])
-    print(case, differences)
     assert max(differences.values()) < TOLERANCE, differences
 
 
 def test_both_processes_have_the_same_weights_to_the_last_bit(two: list[Results]) -> None:
-    for case in ("fit", "squared_error_fit", "ppo", "grpo"):
+    for case in ("fit", "squared_error_fit", "ppo", "grpo", "sharded_fit", "sharded_ppo", "sharded_grpo"):
         first, second = (results[case]["weights"] for results in two)
         assert tiny.largest_difference(first, second) == 0, case
 
@@ -113,12 +115,11 @@ def logprobs_of(log: list[dict[str, Any]]) -> list[float]:
 def test_rollouts_give_the_log_of_one_process(model: Path, two: list[Results]) -> None:
     """The same words and rewards; a log-probability is rounded as its batch has it, unless the batches are the same."""
     one = distributed_worker.rollouts(model)
-    for results in two:
-        log = results["rollouts"]["log"]
-        assert without_logprobs(log) == without_logprobs(one["log"])
-        assert logprobs_of(log) == pytest.approx(logprobs_of(one["log"]), abs=TOLERANCE)
-        assert results["rollouts"]["scripted"] == one["scripted"]
-        assert results["rollouts"]["num_turns"] == one["num_turns"]
+    for both in [results[case] for results in two for case in ("rollouts", "sharded_rollouts")]:
+        assert without_logprobs(both["log"]) == without_logprobs(one["log"])
+        assert logprobs_of(both["log"]) == pytest.approx(logprobs_of(one["log"]), abs=TOLERANCE)
+        assert both["scripted"] == one["scripted"]
+        assert both["num_turns"] == one["num_turns"]
     first_batches = [two[0]["rollouts"]["log"][:12], one["log"][:12]]
     assert first_batches[0] == first_batches[1], "3 at a time in each process are the batches of one process"
 
@@ -126,6 +127,43 @@ def test_rollouts_give_the_log_of_one_process(model: Path, two: list[Results]) -
 def test_each_process_plays_its_part(two: list[Results]) -> None:
     """13 conversations, 3 at a time: 6, 6 and 1 in both; the first has 3, 3 and none, the second 3, 3 and the last."""
     assert [results["rollouts"]["own_resets"] for results in two] == [6, 7]
+
+
+def figures_of(result: Any, name: str = "") -> dict[str, float]:
+    """All numbers of a result by where they stand, but for those that depend on the clock or on the batches."""
+    if name.rpartition(".")[2] in ("seconds", "num_encoded_tokens"):
+        return {}
+    if isinstance(result, dict):
+        return {key: x for k, item in result.items() for key, x in figures_of(item, f"{name}.{k}").items()}
+    if isinstance(result, list):
+        return {key: x for i, item in enumerate(result) for key, x in figures_of(item, f"{name}.{i}").items()}
+    return {name: result} if isinstance(result, (int, float)) else {}
+
+
+def test_the_commands_hand_back_the_figures_of_one_process(model: Path, two: list[Results], tmp_path: Path) -> None:
+    one = figures_of(distributed_worker.commands_of(model, tmp_path))
+    assert len(one) > 100
+    for results in two:
+        both = figures_of(results["commands"])
+        assert both.keys() == one.keys()
+        assert [name for name in one if both[name] != pytest.approx(one[name], abs=1e-4, rel=1e-4)] == []
+
+
+def test_each_process_keeps_half_of_a_sharded_model_and_the_whole_is_saved(model: Path, two: list[Results]) -> None:
+    for results in two:
+        assert results["saved"]["share"] == pytest.approx([0.5] * 4, abs=0.01), "policy, Q, loaded Q, branch"
+        assert tiny.largest_difference(results["saved"]["q_weights"], results["saved"]["q_weights_again"]) == 0
+    kept = load_file(two[0]["out"] / "policy/model.safetensors")
+    assert tiny.largest_difference(kept, load_file(model / "model.safetensors")) == 0
+    config = json.loads((two[0]["out"] / "policy/config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_adapters_are_not_sharded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy_module, "_SMALLEST_FOR_ADAPTERS", 0)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"compute\.shard_weights: .*policy\.lora_rank = 0"):
+        Policy.load(model, tiny.policy_config(), shard_weights=True)
 
 
 # --- dealing out --------------------------------------------------------------------------------------------
@@ -159,12 +197,7 @@ def test_parts_are_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # --- the loop -----------------------------------------------------------------------------------------------
 
-SETTINGS = sets(
-    environment__entry_point="shop:Shop",
-    iterations__conversations=64,
-    evaluation__conversations=64,
-    iterations__count=2,
-)
+SETTINGS = sets(environment__entry_point="shop:Shop", iterations__conversations=64, evaluation__conversations=64)
 WATCHED = """
 import json, os, sys
 written = []
@@ -204,19 +237,32 @@ def two_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     return folder, finished
 
 
+@pytest.fixture(scope="module")
+def sharded_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The loop in two, each with half of the weights."""
+    folder = shop(tmp_path_factory.mktemp("sharded"))
+    more = ("--set", "compute.shard_weights=true")
+    finished = run_two("-m", "iterative_ppo", "iterate", "--out", "run", *SETTINGS, *more, folder=folder)
+    assert finished.code == 0, finished.stderr
+    return folder
+
+
 @pytest.mark.slow
-def test_the_loop_in_two_processes_is_the_loop_in_one(one_run: Path, two_run: tuple[Path, Finished]) -> None:
-    folder, _ = two_run
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_loop_in_two_processes_is_the_loop_in_one(
+    sharded: bool, one_run: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue("sharded_run") if sharded else request.getfixturevalue("two_run")[0]
     files = sorted(path.relative_to(one_run) for path in (one_run / "run").rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to(folder) for path in (folder / "run").rglob("*") if path.is_file())
+    made = [path.relative_to(folder) for path in (folder / "run").rglob("*") if path.is_file()]
+    assert files == sorted(made)
     for name in files:
         if name.suffix == ".jsonl":
             logs = [read_lines(run_folder / name) for run_folder in (one_run, folder)]
             assert without_logprobs(logs[0]) == without_logprobs(logs[1]), name
         if name.suffix == ".safetensors":
             difference = tiny.largest_difference(load_file(one_run / name), load_file(folder / name))
-            print(name, difference)
-            assert difference < WEIGHTS_TOLERANCE, name
+            assert difference < TOLERANCE, name
     one, both = (json.loads((run_folder / "run/result.json").read_text()) for run_folder in (one_run, folder))
     for mine, other in zip(one["iterations"], both["iterations"], strict=True):
         assert mine["decision"] == other["decision"]
@@ -270,7 +316,7 @@ def test_a_process_that_dies_ends_the_job_and_resume_goes_on(two_run: tuple[Path
     finished = end_of(running, timeout=60)
     assert time.monotonic() - killed < 45
     assert finished.code != 0
-    assert "ippo: another process of this job has ended" in finished.stderr
+    assert "another process of this job has ended" in finished.stderr
     assert "--resume" in finished.stderr
     assert (folder / "run/iteration-001/collect/manifest.json").is_file()
     assert not (folder / "run/iteration-001/fit").exists()

@@ -14,6 +14,7 @@ from iterative_ppo import distributed
 from iterative_ppo.conversations import Conversation, Message, chat_messages
 from iterative_ppo.environments import TextEnvironment
 from iterative_ppo.policy import Policy
+from iterative_ppo.sharding import gathered
 from iterative_ppo.supervised import Progress, no_progress
 
 _SCRIPTED_PER_ROUND = 512
@@ -159,7 +160,8 @@ def collect(
             for environment, index in zip(environments, own, strict=False)
         ]
         counts = RolloutStatistics()
-        finish(policy, talks, max_turns=max_turns, statistics=counts)
+        with gathered(policy.model):
+            finish(policy, talks, max_turns=max_turns, statistics=counts)
         if statistics is not None:
             statistics.add(counts)
         progress(f"collect {name}", indices.stop, num_conversations)

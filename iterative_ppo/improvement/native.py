@@ -20,6 +20,7 @@ from iterative_ppo.config import ImprovementConfig
 from iterative_ppo.improvement.base import Improvement, RewardFunction, UpdateMetrics
 from iterative_ppo.policy import Policy
 from iterative_ppo.rendering import TokenIds
+from iterative_ppo.sharding import by_kind, clip_gradients, gathered, has_shards
 from iterative_ppo.shared_prefix import families, takes_trees, tree_batches
 from iterative_ppo.supervised import Progress, no_progress, restore_weights, trained_weights
 
@@ -241,7 +242,9 @@ class _Learner:
             self.value_parameters = [p for p in self.token_value.parameters() if p.requires_grad]
             if self.value_parameters:
                 self.value_optimizer = torch.optim.AdamW(
-                    self.value_parameters, lr=config.token_value_learning_rate, weight_decay=0.0
+                    [{"params": group} for group in by_kind(self.value_parameters)],
+                    lr=config.token_value_learning_rate,
+                    weight_decay=0.0,
                 )
 
     def adapt_kl_coefficient(self, kl: float, num_updates: int) -> None:
@@ -294,7 +297,7 @@ class _Learner:
         old_logprob_BT = torch.zeros_like(rollout.old_logprob_BT)
         for rows in minibatches:
             prompts, responses = rollout.select(rows)
-            with torch.no_grad():
+            with torch.no_grad(), gathered(self.policy.model):
                 for logits in self.policy.response_logits(prompts, responses, tokens_per_batch=self.tokens_per_batch):
                     width = logits.mask_BT.shape[1]
                     old_logprob_BT[[rows[place] for place in logits.rows], :width] = logits.logprobs()
@@ -307,7 +310,7 @@ class _Learner:
             log_ratio_BT = losses.kl_k1(rollout.old_logprob_BT, rollout.anchor_logprob_BT)
             token_reward_BT = token_reward_BT - self.kl_coefficient * log_ratio_BT * rollout.mask_BT
         if self.token_value is not None:
-            with torch.no_grad():
+            with torch.no_grad(), gathered(self.token_value):
                 value_BT = torch.zeros_like(token_reward_BT)
                 rows = range(len(rollout.responses))
                 for batch, values in self._token_values(rollout, rows, tokens_per_batch=4 * self.tokens_per_batch):
@@ -335,7 +338,11 @@ class _Learner:
         assert self.token_value is not None
         prompts, responses = rollout.select(rows)
         for places, batch in tree_batches(
-            prompts, responses, tokens_per_batch=tokens_per_batch, share=takes_trees(self.token_value)
+            prompts,
+            responses,
+            tokens_per_batch=tokens_per_batch,
+            share=takes_trees(self.token_value),
+            in_step=torch.is_grad_enabled() and has_shards(self.value_parameters),
         ):
             value_BT = batch.before(self.token_value(batch))
             yield [rows[place] for place in places], value_BT * batch.mask_RL.to(value_BT.device)
@@ -346,6 +353,9 @@ class _Learner:
         config = self.config
         prompts, responses = rollout.select(rows)
         for logits in self.policy.response_logits(prompts, responses, tokens_per_batch=self.tokens_per_batch):
+            if not logits.rows:
+                (0.0 * logits.logits_NV.sum()).backward()
+                continue
             batch = [rows[place] for place in logits.rows]
             width = logits.mask_BT.shape[1]
             old_BT, anchor_BT = rollout.old_logprob_BT[batch, :width], rollout.anchor_logprob_BT[batch, :width]
@@ -358,19 +368,22 @@ class _Learner:
             (loss * len(batch) / len(rows)).backward()
             stats.add(logprob_BT.detach(), old_BT, logits.logits_NV.detach(), logits.mask_BT, clip=config.clip)
         distributed.sum_gradients(self.policy_parameters)
-        nn.utils.clip_grad_norm_(self.policy_parameters, 1.0)
+        clip_gradients(self.policy_parameters, 1.0)
         self.policy_optimizer.step()
         self.policy_optimizer.zero_grad(set_to_none=True)
 
     def _value_step(self, rollout: Rollout, return_BT: Tensor, rows: Sequence[int]) -> None:
         num_tokens = float(rollout.mask_BT[rows].sum())
         for batch, value_BT in self._token_values(rollout, rows, tokens_per_batch=self.tokens_per_batch):
+            if not batch:
+                (0.0 * value_BT.sum()).backward()
+                continue
             width = value_BT.shape[1]
             mask_BT = rollout.mask_BT[batch, :width]
             loss = losses.token_value_loss(value_BT, return_BT[batch, :width], mask_BT)
             (loss * float(mask_BT.sum()) / num_tokens).backward()
         distributed.sum_gradients(self.value_parameters)
-        nn.utils.clip_grad_norm_(self.value_parameters, 1.0)
+        clip_gradients(self.value_parameters, 1.0)
         self.value_optimizer.step()
         self.value_optimizer.zero_grad(set_to_none=True)
 
