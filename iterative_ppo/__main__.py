@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, TypeVar
 
 import click
@@ -20,12 +23,18 @@ from iterative_ppo.config import Config, ConfigError
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _FILE = click.Path(path_type=Path)
 _EXIT_FAILED, _EXIT_USER_MISTAKE, _EXIT_INTERRUPTED = 1, 2, 130
+_IN_SEVERAL_PROCESSES = ("iterate", "step", "fit", "improve", "collect", "evaluate")
+_SECONDS_TO_BE_ENDED = 2.0
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Align language models to what happens at the end of a conversation (Iterative PPO)."""
+    command = str(context.invoked_subcommand)
+    if _num_processes() > 1 and command not in _IN_SEVERAL_PROCESSES:
+        raise click.UsageError(f"{command} runs in one process: start it without torchrun")
 
 
 def _options(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
@@ -71,9 +80,9 @@ def iterate(
     name = config.environment.entry_point.rpartition(":")[2].lower()
     folder = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     _say_start()
-    from iterative_ppo import commands
+    from iterative_ppo import commands, distributed
 
-    with _progress() as progress:
+    with distributed.processes(), _progress() as progress:
         result = commands.run_iterate(config, folder, resume=resume, console=_stdout(), progress=progress)
     _finish(result, as_json)
 
@@ -108,9 +117,9 @@ def step(
     config = _configuration(config_path, [*assignments, *start])
     _require_readable(logs)
     _say_start()
-    from iterative_ppo import commands
+    from iterative_ppo import commands, distributed
 
-    with _progress() as progress:
+    with distributed.processes(), _progress() as progress:
         result = commands.run_step(
             config,
             logs,
@@ -146,9 +155,9 @@ def validate(files: Sequence[Path], bad_lines: Literal["error", "skip"], as_json
 def collect(policy: str, out: Path, config_path: Path | None, assignments: Sequence[str], as_json: bool) -> None:
     """Write conversations of a policy with the environment (iterations.conversations of them)."""
     config = _configuration(config_path, assignments)
-    from iterative_ppo import commands
+    from iterative_ppo import commands, distributed
 
-    with _progress() as progress:
+    with distributed.processes(), _progress() as progress:
         result = commands.run_collect(config, policy, out, progress=progress, console=_stdout())
     _finish(result, as_json)
 
@@ -179,9 +188,9 @@ def fit(
     if folds == 1:
         raise ConfigError("--folds: must be 0 or at least 2")
     _require_readable(logs)
-    from iterative_ppo import commands
+    from iterative_ppo import commands, distributed
 
-    with _progress() as progress:
+    with distributed.processes(), _progress() as progress:
         result = commands.run_fit(
             config,
             logs,
@@ -216,9 +225,9 @@ def improve(
     """Make one single-turn improvement step on the prompts of logs, with Q as the reward."""
     config = _configuration(config_path, assignments)
     _require_readable(logs)
-    from iterative_ppo import commands
+    from iterative_ppo import commands, distributed
 
-    with _progress() as progress:
+    with distributed.processes(), _progress() as progress:
         result = commands.run_improve(
             config, logs, policy, str(q_function), out, bad_lines=bad_lines, progress=progress, console=_stdout()
         )
@@ -246,9 +255,9 @@ def evaluate(
 ) -> None:
     """Measure a policy's true outcome in the environment (evaluation.conversations of them)."""
     config = _configuration(config_path, assignments)
-    from iterative_ppo import commands
+    from iterative_ppo import commands, distributed
 
-    with _progress() as progress:
+    with distributed.processes(), _progress() as progress:
         result = commands.run_evaluate(config, policy, against, progress=progress, console=_stdout())
     _finish(result, as_json)
 
@@ -369,11 +378,14 @@ def show_config(config_path: Path | None, assignments: Sequence[str]) -> None:
 
 def main() -> None:
     """Runs the command line; a user's mistake is one line and exit code 2."""
+    if _num_processes() > 1:
+        signal.signal(signal.SIGTERM, _end_with_the_others)
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
+        _let_the_first_speak()
         error.show()
         sys.exit(_EXIT_USER_MISTAKE)
     except (KeyboardInterrupt, click.exceptions.Abort):
@@ -385,8 +397,26 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo("ippo: " + " ".join(message.split()), err=True)
+    _let_the_first_speak()
+    who = "" if _is_main() else f"process {os.environ['RANK']}: "
+    click.echo(f"ippo: {who}" + " ".join(message.split()), err=True)
     sys.exit(code)
+
+
+def _let_the_first_speak() -> None:
+    """A mistake that all processes find is said once: when the first on a machine ends, `torchrun` ends the others."""
+    if _num_processes() > 1:
+        if _local_rank() != "0":
+            time.sleep(_SECONDS_TO_BE_ENDED)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_with_the_others(_signal: int, _frame: FrameType | None) -> None:
+    """`torchrun` ends all processes when one has ended badly."""
+    if _local_rank() == "0":
+        said = "ippo: another process of this job has ended; finished stages are kept, and --resume goes on with them\n"
+        os.write(sys.stderr.fileno(), said.encode())  # no buffer, which may be in the middle of a line
+    os._exit(_EXIT_FAILED)  # whatever a library is waiting for
 
 
 def _configuration(path: Path | None, assignments: Sequence[str]) -> Config:
@@ -412,16 +442,31 @@ def _require_readable(logs: Path) -> None:
 
 
 def _stdout() -> Console:
-    return Console(soft_wrap=True)
+    return Console(soft_wrap=True, quiet=not _is_main())
 
 
 def _say_start() -> None:
-    click.echo("loading libraries ...", err=True)
+    if _is_main():
+        click.echo("loading libraries ...", err=True)
 
 
 def _finish(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
+    if as_json and _is_main():
         click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False))
+
+
+def _num_processes() -> int:
+    """How many processes `torchrun` has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _local_rank() -> str:
+    """Which of its machine's processes this is."""
+    return os.environ.get("LOCAL_RANK", "0")
+
+
+def _is_main() -> bool:
+    return _num_processes() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -429,9 +474,9 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on the terminal's error stream; where that is no terminal, nothing."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not _is_main())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal) as bar:
         task = bar.add_task("start", total=None)
         kind = ""
 

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from iterative_ppo.sharding import sharded_copy, sharded_models
+
 _CONFIG_FILE = "adapter_config.json"
 _WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -27,9 +29,13 @@ _Model = TypeVar("_Model", bound=PreTrainedModel)
 
 
 def copy_sharing_frozen(module: _Module) -> _Module:
-    """A deep copy in which parameters that are not trained, and buffers, are the same tensors."""
+    """A deep copy in which parameters that are not trained, and buffers, are the same tensors.
+
+    A sharded model's copy has all weights for itself.
+    """
     frozen = [p for p in module.parameters() if not p.requires_grad] + list(module.buffers())
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in frozen})
+    copies = {id(model): sharded_copy(model) for model in sharded_models(module)}
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in frozen} | copies)
 
 
 def is_frozen(module: nn.Module) -> bool:

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iterative_ppo import distributed
+
 _PADDED_PER_TOKEN = 1.5
 
 
@@ -26,6 +28,23 @@ def micro_batches(lengths: Sequence[int], *, tokens_per_batch: int) -> list[list
             batches.append([row])
             num_tokens = lengths[row]
     return batches
+
+
+def own_micro_batches(lengths: Sequence[int], *, tokens_per_batch: int, in_step: bool = False) -> list[list[int]]:
+    """The same of this process's share of the rows: of all rows, where there are no other processes.
+
+    Args:
+        in_step: whether every process gets as many batches as the one with the most; what it lacks is empty.
+    """
+    shares = distributed.shares(lengths)
+
+    def batches_of(share: list[int]) -> list[list[int]]:
+        batches = micro_batches([lengths[row] for row in share], tokens_per_batch=tokens_per_batch)
+        return [[share[place] for place in batch] for batch in batches]
+
+    own = batches_of(shares[distributed.rank()])
+    most = max(len(batches_of(share)) for share in shares) if in_step else len(own)
+    return own + [[] for _ in range(most - len(own))]
 
 
 def pad_right(rows: Sequence[Sequence[int]], *, pad_id: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """What the commands do, from checked arguments to a JSON-ready result; the command line itself is `__main__`."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,11 @@ from rich.console import Console
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from iterative_ppo import report
+from iterative_ppo import distributed, report
 from iterative_ppo.adapters import base_of
 from iterative_ppo.config import Config
 from iterative_ppo.conformance import backend_of, check_backend
-from iterative_ppo.conversation_log import BadLines, read_conversations, write_conversations
+from iterative_ppo.conversation_log import BadLines, read_conversations
 from iterative_ppo.conversations import Conversation, Message, chat_messages
 from iterative_ppo.cross_validation import cross_validate, group_names
 from iterative_ppo.entry_points import import_named
@@ -29,7 +30,7 @@ from iterative_ppo.policy_iteration import IterationRecord, iterate
 from iterative_ppo.q_function import QFunction, load_card
 from iterative_ppo.q_scoring import QScorer
 from iterative_ppo.ranking import rank_within_states
-from iterative_ppo.run_directory import RunDirectory, to_json, write_json
+from iterative_ppo.run_directory import RunDirectory, to_json, write_json, write_log
 from iterative_ppo.stages import Stages, gate, total_reward
 from iterative_ppo.step import Step, copy_log, keep_arguments
 from iterative_ppo.supervised import Progress
@@ -41,6 +42,7 @@ transformers_logging.set_verbosity_error()
 def run_iterate(config: Config, out: Path, *, resume: bool, console: Console, progress: Progress) -> dict[str, Any]:
     """The whole loop; prints a line an iteration and writes the learning curve after each."""
     started = time.perf_counter()
+    out = distributed.from_main(out)  # a default one is named by the clock
     maker = environment_maker(config)
     optimum = known_optimum(maker())
     directory = RunDirectory(out, config, resume=resume)
@@ -53,7 +55,8 @@ def run_iterate(config: Config, out: Path, *, resume: bool, console: Console, pr
         console.print(report.iteration_line(record), highlight=False)
         for warning in record.stages["fit"].metrics["warnings"] if "fit" in record.stages else ():
             console.print(f"{'':>11}! {warning}", style="yellow", highlight=False, markup=False)
-        report.plot_learning_curve(records, optimum, out)
+        if distributed.is_main():
+            report.plot_learning_curve(records, optimum, out)
     final = stages.final(config.iterations.count, records[-1].policy)
     console.print(report.sketch_learning_curve(records, optimum), highlight=False, markup=False)
     figure = final.metrics
@@ -135,7 +138,7 @@ def run_collect(
             rewards.append(total_reward(conversation))
             yield conversation
 
-    write_conversations(out, noted())
+    write_log(out, noted())
     outcome = mean_interval(rewards)
     seconds = time.perf_counter() - started
     console.print(
@@ -161,7 +164,7 @@ def run_fit(
     """A Q-function from logs; with folds, what it can tell about conversations left out."""
     started = time.perf_counter()
     policy = load(config, policy_source)
-    conversations = list(read_conversations(logs, bad_lines=bad_lines))
+    conversations = read_log(logs, bad_lines)
     if out is not None:
         empty_folder(out)
     groups = group_names(conversations, group)
@@ -190,7 +193,8 @@ def run_fit(
         )
         fitted.save(out)
         report.print_q_report(fitted.report, console)
-        report.plot_calibration(fitted.report, out / "calibration.png")
+        if distributed.is_main():
+            report.plot_calibration(fitted.report, out / "calibration.png")
         console.print(f"Q-function {out / 'q_function'}", highlight=False)
         result |= {"q_function": str(out / "q_function"), "report": to_json(fitted.report)}
     return result | {"seconds": round(time.perf_counter() - started, 2)}
@@ -210,7 +214,7 @@ def run_improve(
     """One improvement step on the prompts of logs."""
     policy = load(config, policy_source)
     q_function = load_q_function(q_source, policy)
-    conversations = list(read_conversations(logs, bad_lines=bad_lines))
+    conversations = read_log(logs, bad_lines)
     empty_folder(out)
     metrics = improve_from_logs(
         config,
@@ -386,6 +390,12 @@ def policy_folder(source: str) -> str:
     return str(inner) if inner.is_dir() else source
 
 
+def read_log(logs: Path, bad_lines: BadLines) -> list[Conversation]:
+    """The conversations of a log; of several processes the main one sets bad lines aside."""
+    rejects = None if distributed.is_main() else Path(os.devnull)
+    return list(read_conversations(logs, bad_lines=bad_lines, rejects=rejects))
+
+
 def environment_maker(config: Config) -> Callable[[], TextEnvironment]:
     """Makes the configured environment."""
     return lambda: make_environment(config.environment.entry_point, config.environment.arguments)
@@ -399,6 +409,10 @@ def known_optimum(environment: TextEnvironment) -> float | None:
 
 def empty_folder(path: Path) -> None:
     """Makes a folder for results; ValueError where it already holds something."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path}: exists and is not an empty folder; choose another with --out")
-    path.mkdir(parents=True, exist_ok=True)
+
+    def make() -> None:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"{path}: exists and is not an empty folder; choose another with --out")
+        path.mkdir(parents=True, exist_ok=True)
+
+    distributed.on_main(make)

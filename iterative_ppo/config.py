@@ -192,15 +192,17 @@ class EvaluationConfig(_Section):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeConfig(_Section):
     device: str = "auto"
-    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ... Under `torchrun` each process has a GPU of its own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of frozen weights; what is trained, log-probabilities and losses are float32."""
     tokens_per_batch: Annotated[int, _Range(64)] = 4096
     """Padded tokens in one forward and backward pass; results do not depend on it."""
     checkpoint_activations: bool = False
     """Compute a layer's activations again in the backward pass instead of keeping them: a third more arithmetic, and memory for one layer instead of all."""
+    shard_weights: bool = False
+    """Under `torchrun`: every process keeps a part of each model's weights, gradients and optimizer state (FSDP2), and not all. For models that are trained whole and do not fit otherwise."""
     rollout_conversations: Count = 512
-    """Conversations in lock-step during a rollout."""
+    """Conversations in lock-step during a rollout, in each process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

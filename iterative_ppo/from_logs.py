@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from iterative_ppo import distributed
 from iterative_ppo.activation_checkpointing import keep_no_activations
 from iterative_ppo.adapters import is_frozen
 from iterative_ppo.config import Config, QFunctionConfig
@@ -307,6 +308,7 @@ def load_policy(config: Config, source: str | Path) -> Policy:
         device=resolve_device(config.compute.device),
         dtype=getattr(torch, config.compute.dtype),
         checkpoint_activations=config.compute.checkpoint_activations,
+        shard_weights=config.compute.shard_weights,
     )
 
 
@@ -322,9 +324,15 @@ def require_equipment(config: Config) -> None:
 
 
 def resolve_device(device: str) -> str:
-    """`auto` as a device name; ValueError where the device does not exist."""
+    """A device's name, each process's own GPU where there are several; ValueError where the device does not exist."""
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if distributed.world_size() == 1:
+            return device
+    if distributed.world_size() > 1 and device.startswith("cuda:"):
+        raise ValueError(f'compute.device: {device!r} is one device for several processes; write "cuda"')
+    if distributed.world_size() > 1 and device == "cuda":
+        device = f"cuda:{distributed.local_rank()}"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -1,6 +1,7 @@
 """A language model as the policy π(response | prompt): load, sample, score, clone from logs, save."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from iterative_ppo import adapters
+from iterative_ppo import adapters, distributed, sharding
 from iterative_ppo.activation_checkpointing import gradient_pass, keep_no_activations
 from iterative_ppo.batching import pad_right
 from iterative_ppo.config import PolicyConfig
@@ -49,7 +50,8 @@ class ResponseLogits:
     """
 
     rows: list[int]
-    """Which of the rows that were asked for these are."""
+    """Which of the rows that were asked for these are. None, where a sharded model computes something only because the
+    other processes do."""
     logits_NV: Tensor
     token_N: Tensor
     mask_BT: Tensor
@@ -91,6 +93,7 @@ class Policy:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         checkpoint_activations: bool = False,
+        shard_weights: bool = False,
     ) -> "Policy":
         """Loads a hub id or a folder, of a whole model or of an adapter.
 
@@ -99,9 +102,10 @@ class Policy:
         Args:
             dtype: of frozen weights; trained ones are float32.
             checkpoint_activations: see `activation_checkpointing`.
+            shard_weights: whether several processes each keep a part of the weights; see `sharding`.
 
         Raises:
-            ValueError: with one line where there is no such model.
+            ValueError: with one line where there is no such model, or it cannot be sharded.
         """
         try:
             base = adapters.base_of(source)
@@ -122,7 +126,15 @@ class Policy:
             model.requires_grad_(not freezes)
         if checkpoint_activations:
             keep_no_activations(model)
-        return cls(model.to(device), tokenizer, config)
+        if not shard_weights or distributed.world_size() == 1:
+            return cls(model.to(device), tokenizer, config)
+        if adapters.has_adapter(model) or adapters.is_frozen(model):
+            raise ValueError(
+                "compute.shard_weights: the frozen weights that adapters share are not sharded; train all weights "
+                "(policy.lora_rank = 0), or shard none"
+            )
+        sharding.shard(model, device)
+        return cls(model, tokenizer, config)
 
     @classmethod
     def tiny(cls, texts: Iterable[str], config: PolicyConfig, *, seed: int, device: str = "cpu") -> "Policy":
@@ -175,8 +187,14 @@ class Policy:
         return sum(p.numel() for p in self.model.parameters())
 
     def save(self, folder: Path) -> None:
-        """Writes an ordinary transformers folder, or peft folder, whose generation settings are exactly this policy."""
-        self.model.generation_config = GenerationConfig(
+        """Writes an ordinary transformers folder, or peft folder, whose generation settings are exactly this policy.
+
+        Of several processes the main one does.
+        """
+        model = sharding.whole(self.model)
+        if not distributed.is_main():
+            return
+        model.generation_config = GenerationConfig(
             do_sample=True,
             temperature=self.temperature,
             top_k=0,
@@ -185,11 +203,11 @@ class Policy:
             eos_token_id=self.renderer.end_id,
             pad_token_id=self.pad_id,
         )
-        if adapters.has_adapter(self.model):
-            adapters.save_adapter(self.model, folder)
-            self.model.generation_config.save_pretrained(folder)
+        if adapters.has_adapter(model):
+            adapters.save_adapter(model, folder)
+            model.generation_config.save_pretrained(folder)
         else:
-            self.model.save_pretrained(folder)
+            model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def conversation_cache(self) -> ConversationCache:
@@ -224,33 +242,42 @@ class Policy:
     ) -> SampledResponses:
         """One response to each of many prompts; `uniforms_BT` as in `ConversationCache.sample`.
 
-        What prompts share is encoded once: the prompts of one conversation, and one prompt given several times.
+        What prompts share is encoded once: the prompts of one conversation, and one prompt given several times. Several
+        processes each sample their share of the responses.
         """
-        token_ids: list[TokenIds] = [()] * len(prompts)
-        logprobs: list[tuple[float, ...]] = [()] * len(prompts)
+        responses: dict[int, tuple[TokenIds, tuple[float, ...]]] = {}
         num_done = 0
-        for chunk in _sampling_chunks(prompts):
-            rows = [row for family in chunk for row in family]
-            cache = self.conversation_cache()
-            cache.encode([prompts[family[-1]] for family in chunk])
-            cache.keep([place for place, family in enumerate(chunk) for _ in family])
-            sampled = cache.sample([prompts[row] for row in rows], uniforms_BT[rows])
-            for row, tokens, values in zip(rows, sampled.token_ids, sampled.token_logprobs, strict=True):
-                token_ids[row], logprobs[row] = tokens, values
-            num_done += len(rows)
-            progress(what, num_done, len(prompts))
-        return SampledResponses(token_ids=tuple(token_ids), token_logprobs=tuple(logprobs))
+        with sharding.gathered(self.model):
+            for chunk in _sampling_chunks(prompts, _own_families(prompts)):
+                rows = [row for family in chunk for row in family]
+                cache = self.conversation_cache()
+                cache.encode([prompts[family[-1]] for family in chunk])
+                cache.keep([place for place, family in enumerate(chunk) for _ in family])
+                sampled = cache.sample([prompts[row] for row in rows], uniforms_BT[rows])
+                responses |= zip(rows, zip(sampled.token_ids, sampled.token_logprobs, strict=True), strict=True)
+                num_done += len(rows)
+                progress(what, num_done, len(prompts))
+        responses = distributed.gathered(responses)
+        return SampledResponses(
+            token_ids=tuple(responses[row][0] for row in range(len(prompts))),
+            token_logprobs=tuple(responses[row][1] for row in range(len(prompts))),
+        )
 
     def response_logits(
         self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int
     ) -> Iterator[ResponseLogits]:
         """Logits at every response token, in micro-batches of bounded size; differentiable.
 
+        Of several processes each has its share of the responses.
         Prompts that share a prefix are computed together (`shared_prefix`), and the vocabulary, the widest thing that
         a model computes, at the responses alone.
         """
         for rows, batch in tree_batches(
-            prompts, responses, tokens_per_batch=tokens_per_batch, share=takes_trees(self.model)
+            prompts,
+            responses,
+            tokens_per_batch=tokens_per_batch,
+            share=takes_trees(self.model),
+            in_step=torch.is_grad_enabled() and sharding.is_sharded(self.model),
         ):
             mask_BT = batch.mask_RL
             logits_NV = run_trees(
@@ -273,11 +300,13 @@ class Policy:
         self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int
     ) -> list[list[float]]:
         """log π of every response token, one list a response."""
-        logprobs: list[list[float]] = [[] for _ in prompts]
-        for batch in self.response_logits(prompts, responses, tokens_per_batch=tokens_per_batch):
-            for row, values in zip(batch.rows, batch.logprobs().tolist(), strict=True):
-                logprobs[row] = values[: len(responses[row])]
-        return logprobs
+        logprobs: dict[int, list[float]] = {}
+        with sharding.gathered(self.model):
+            for batch in self.response_logits(prompts, responses, tokens_per_batch=tokens_per_batch):
+                for row, values in zip(batch.rows, batch.logprobs().tolist(), strict=True):
+                    logprobs[row] = values[: len(responses[row])]
+        logprobs = distributed.gathered(logprobs)
+        return [logprobs[row] for row in range(len(prompts))]
 
     def clone(
         self,
@@ -315,9 +344,8 @@ class Policy:
     def _has_plain_head(self) -> bool:
         """Whether logits are the output embedding of the hidden state and nothing else (no cap, no scale)."""
         token_BT = torch.tensor([[self.renderer.end_id, self.pad_id]], device=self.device)
-        with torch.no_grad():
-            hidden_BTD = self.model.base_model(input_ids=token_BT, use_cache=False).last_hidden_state
-            plain_BTV = self.model.get_output_embeddings()(hidden_BTD)
+        with torch.no_grad(), sharding.gathered(self.model):
+            plain_BTV = sharding.within(self.model, lambda: self._plain_logits(lambda x: x, input_ids=token_BT))
             return torch.allclose(plain_BTV, self.model(input_ids=token_BT, use_cache=False).logits, atol=1e-5)
 
     def _logits_at(self, choose: Callable[[Tensor], Tensor], **inputs: Tensor) -> Tensor:
@@ -326,8 +354,13 @@ class Policy:
         with gradient_pass(self.model):
             if not has_plain_head:
                 return choose(self.model(**inputs, use_cache=False).logits).float() / self.temperature
-            hidden_ND = choose(self.model.base_model(**inputs, use_cache=False).last_hidden_state)
-            return self.model.get_output_embeddings()(hidden_ND).float() / self.temperature
+            logits_NV = sharding.within(self.model, lambda: self._plain_logits(choose, **inputs))
+            return logits_NV.float() / self.temperature
+
+    def _plain_logits(self, choose: Callable[[Tensor], Tensor], **inputs: Tensor) -> Tensor:
+        hidden_ND = choose(self.model.base_model(**inputs, use_cache=False).last_hidden_state)
+        logits_NV: Tensor = self.model.get_output_embeddings()(hidden_ND)
+        return logits_NV
 
     def _negative_log_likelihood(
         self, sequences: Sequence[TurnSequence]
@@ -385,11 +418,18 @@ def _is_trained_by_adapter(source: str | Path, config: PolicyConfig) -> bool:
     return sum(p.numel() for p in model.parameters()) >= _SMALLEST_FOR_ADAPTERS
 
 
-def _sampling_chunks(prompts: Sequence[TokenIds]) -> Iterator[list[list[int]]]:
+def _own_families(prompts: Sequence[TokenIds]) -> list[list[int]]:
+    """This process's share of the families of prompts; one that is more than a share is cut."""
+    size = math.ceil(len(prompts) / distributed.world_size())
+    cut = [family[start : start + size] for family in families(prompts) for start in range(0, len(family), size)]
+    return [cut[place] for place in distributed.share_of([len(family) for family in cut])]
+
+
+def _sampling_chunks(prompts: Sequence[TokenIds], groups: Sequence[list[int]]) -> Iterator[list[list[int]]]:
     """Families of prompts in chunks of at most `_SAMPLING_ROWS` rows, the shortest first."""
     chunk: list[list[int]] = []
     num_rows = 0
-    for whole in sorted(families(prompts), key=lambda family: len(prompts[family[-1]])):
+    for whole in sorted(groups, key=lambda family: len(prompts[family[-1]])):
         for start in range(0, len(whole), _SAMPLING_ROWS):
             family = whole[start : start + _SAMPLING_ROWS]
             if num_rows + len(family) > _SAMPLING_ROWS:

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iterative_ppo import losses
-from iterative_ppo.batching import micro_batches, pad_right, pad_values
+from iterative_ppo import distributed, losses
+from iterative_ppo.batching import own_micro_batches, pad_right, pad_values
 from iterative_ppo.config import QFunctionConfig
 from iterative_ppo.q_function import QFunction, TokenIds
+from iterative_ppo.sharding import gathered
 from iterative_ppo.supervised import FitHistory, Progress, fit_passes, no_progress
 
 _NUM_BINS = 51
@@ -219,9 +220,9 @@ class NextMessage(nn.Module):
 
     def __init__(self, q_function: QFunction, sequences: Sequence[LabelledSequence]) -> None:
         super().__init__()
-        embedding_VD = q_function.model.get_input_embeddings().weight
-        num_tokens, size = embedding_VD.shape
-        self._embedding = [embedding_VD]  # in a list: it is the trunk's parameter, not this module's
+        embedding = q_function.model.get_input_embeddings()
+        num_tokens, size = embedding.weight.shape
+        self._embedding = [embedding]  # in a list: it is the trunk's, not this module's
         self.projection = nn.Linear(size, size, bias=False)
         words = [token for sequence in sequences for message in sequence.next_messages for token in message]
         count_V = 1.0 + np.bincount(words, minlength=num_tokens)
@@ -241,7 +242,7 @@ class NextMessage(nn.Module):
         if not answered:
             return hidden_BTD.new_zeros(())
         row_N, column_N = (torch.tensor([place[i] for place in answered], device=hidden_BTD.device) for i in (0, 1))
-        logits_NV = self.projection(hidden_BTD[row_N, column_N]) @ self._embedding[0].detach().T + self.bias
+        logits_NV = self.projection(hidden_BTD[row_N, column_N]) @ self._embedding[0].weight.detach().T + self.bias
         logprob_NV = logits_NV.log_softmax(-1)
         lengths = [len(message) for _, _, message in answered]
         response_W = torch.repeat_interleave(torch.tensor(lengths, device=hidden_BTD.device))
@@ -396,19 +397,24 @@ def _ridge_heads(
     num_heads, size = q_function.heads.shape
     gram_DD = torch.zeros(size, size, dtype=torch.float64)
     moment_DM = torch.zeros(size, num_heads, dtype=torch.float64)
-    num_positions = 0
-    for batch in micro_batches([len(s.token_ids) for s in sequences], tokens_per_batch=4 * tokens_per_batch):
-        chosen = [sequences[b] for b in batch]
-        token_BT, _ = pad_right([sequence.token_ids for sequence in chosen])
-        weighted = [_token_weights(sequence, sequence.returns, ends_only=False) for sequence in chosen]
-        weight_BT, return_BT = (
-            pad_values([pair[i] for pair in weighted], width=token_BT.shape[1]).to(q_function.device) for i in (0, 1)
-        )
-        hidden_ND = q_function.hidden(token_BT)[weight_BT > 0]
-        target_NM = scalar_NM(hidden_ND, return_BT[weight_BT > 0]).double().cpu()
-        hidden_ND = hidden_ND.double().cpu()
-        gram_DD += hidden_ND.T @ hidden_ND
-        moment_DM += hidden_ND.T @ target_NM
-        num_positions += len(hidden_ND)
+    num_positions = 0.0
+    with gathered(q_function):
+        for batch in own_micro_batches([len(s.token_ids) for s in sequences], tokens_per_batch=4 * tokens_per_batch):
+            chosen = [sequences[b] for b in batch]
+            token_BT, _ = pad_right([sequence.token_ids for sequence in chosen])
+            weighted = [_token_weights(sequence, sequence.returns, ends_only=False) for sequence in chosen]
+            weight_BT, return_BT = (
+                pad_values([pair[i] for pair in weighted], width=token_BT.shape[1]).to(q_function.device)
+                for i in (0, 1)
+            )
+            hidden_ND = q_function.hidden(token_BT)[weight_BT > 0]
+            target_NM = scalar_NM(hidden_ND, return_BT[weight_BT > 0]).double().cpu()
+            hidden_ND = hidden_ND.double().cpu()
+            gram_DD += hidden_ND.T @ hidden_ND
+            moment_DM += hidden_ND.T @ target_NM
+            num_positions += len(hidden_ND)
+    distributed.add_up(gram_DD)
+    distributed.add_up(moment_DM)
+    [num_positions] = distributed.sums(num_positions)
     ridge_DD = ridge * num_positions * torch.eye(size, dtype=torch.float64)
     q_function.heads.copy_(torch.linalg.solve(gram_DD + ridge_DD, moment_DM).T.float())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from iterative_ppo import distributed, sharding
 from iterative_ppo.activation_checkpointing import gradient_pass, keep_no_activations
 from iterative_ppo.adapters import (
     add_adapter,
@@ -32,7 +33,7 @@ from iterative_ppo.adapters import (
     save_adapter,
     without_adapter,
 )
-from iterative_ppo.batching import micro_batches, pad_right
+from iterative_ppo.batching import own_micro_batches, pad_right
 from iterative_ppo.losses import lower_confidence
 from iterative_ppo.shared_prefix import TreeBatch, run_trees, takes_trees, tree_batches
 
@@ -83,10 +84,11 @@ class QFunction(nn.Module):
         Args:
             lora_rank: of a new adapter, where all of the policy's weights are frozen.
         """
-        q_function = cls.on_trunk(copy_sharing_frozen(policy), link=link, num_heads=num_heads, pad_id=pad_id, seed=seed)
+        trunk = sharding.unsharded_copy(policy) if sharding.is_sharded(policy) else copy_sharing_frozen(policy)
+        q_function = cls.on_trunk(trunk, link=link, num_heads=num_heads, pad_id=pad_id, seed=seed)
         if is_frozen(policy):
             add_adapter(q_function.model, rank=lora_rank, seed=seed)
-        return q_function
+        return q_function._placed_like(policy)
 
     @classmethod
     def on_trunk(cls, policy: PreTrainedModel, *, link: Link, num_heads: int, pad_id: int, seed: int) -> "QFunction":
@@ -102,8 +104,9 @@ class QFunction(nn.Module):
         """Loads a checkpoint of `save`; a plain one-label checkpoint without our JSON is refused by name.
 
         Args:
+            device: where there is no backbone.
             backbone: a model whose frozen weights are shared if the checkpoint is an adapter of them, and which says
-                whether activations are kept.
+                whether activations are kept and whether the weights are sharded.
         """
         card = load_card(folder)
         try:
@@ -122,21 +125,33 @@ class QFunction(nn.Module):
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"Q-function cannot be loaded from {str(folder)!r}: {reason}") from error
-        return cls(model, link=card.link, heads=heads).to(device)
+        q_function = cls(model, link=card.link, heads=heads)
+        return q_function.to(device) if backbone is None else q_function._placed_like(backbone)
+
+    def _placed_like(self, model: PreTrainedModel) -> "QFunction":
+        """On the model's device, and sharded as it is."""
+        if not sharding.is_sharded(model):
+            return self.to(model.device)
+        sharding.shard(self.model, model.device)
+        self.heads.data = self.heads.data.to(model.device)
+        return self
 
     def save(self, folder: Path, card: QFunctionCard, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes a transformers sequence-classification folder, the ensemble's heads and `q_function.json`.
 
-        Where the trunk has an adapter, it is a peft folder of that task.
+        Where the trunk has an adapter, it is a peft folder of that task. Of several processes the main one writes.
         """
+        model = sharding.whole(self.model)
+        if not distributed.is_main():
+            return
         with torch.no_grad():
-            self.model.score.weight.copy_(self.heads.mean(0, keepdim=True))
+            model.score.weight.copy_(self.heads.mean(0, keepdim=True))
         tokenizer = _padded_by_another_than_its_end(tokenizer)
-        self.model.config.pad_token_id = tokenizer.pad_token_id
-        if has_adapter(self.model):
-            save_adapter(self.model, folder, heads={"score": self.model.score.weight})
+        model.config.pad_token_id = tokenizer.pad_token_id
+        if has_adapter(model):
+            save_adapter(model, folder, heads={"score": model.score.weight})
         else:
-            self.model.save_pretrained(folder)
+            model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_file({"heads": self.heads.detach().cpu().contiguous()}, folder / "heads.safetensors")
         text = json.dumps({"schema": 1, **asdict(card)}, indent=1, allow_nan=False)
@@ -163,7 +178,9 @@ class QFunction(nn.Module):
 
     def _last_hidden(self, **inputs: Tensor) -> Tensor:
         with gradient_pass(self.model):
-            hidden_BTD: Tensor = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            hidden_BTD: Tensor = sharding.within(
+                self.model, lambda: self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            )
         return hidden_BTD.float()
 
     def forward(self, token_BT: Tensor) -> Tensor:
@@ -180,11 +197,12 @@ class QFunction(nn.Module):
     ) -> Tensor:
         """Every member's scalar, before the link, at the last token of each response: [B, M] on the CPU."""
         scalar_BM = torch.zeros(len(prompts), self.heads.shape[0])
-        for rows, batch in tree_batches(
-            prompts, responses, tokens_per_batch=4 * tokens_per_batch, share=takes_trees(self.model)
-        ):
-            scalar_BM[rows] = (batch.end(self.hidden_of_trees(batch)) @ self.heads.T).cpu()
-        return scalar_BM
+        with sharding.gathered(self.model):
+            for rows, batch in tree_batches(
+                prompts, responses, tokens_per_batch=4 * tokens_per_batch, share=takes_trees(self.model)
+            ):
+                scalar_BM[rows] = (batch.end(self.hidden_of_trees(batch)) @ self.heads.T).cpu()
+        return distributed.add_up(scalar_BM)  # each row is 0 but in one process
 
     def values(self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int) -> Tensor:
         """Q = link(mean head · hidden) of each response [B]: what the one-label checkpoint gives."""
@@ -210,13 +228,15 @@ class QFunction(nn.Module):
         self, rows: Sequence[TokenIds], positions: Sequence[Sequence[int]], *, tokens_per_batch: int
     ) -> list[list[float]]:
         """Q's scalar, before the link, at given token positions of each row, in one pass a row."""
-        read: list[list[float]] = [[] for _ in rows]
-        for batch in micro_batches([len(row) for row in rows], tokens_per_batch=4 * tokens_per_batch):
-            token_BT, _ = pad_right([rows[b] for b in batch])
-            scalar_BT = self(token_BT).mean(-1).cpu()
-            for b, row in enumerate(batch):
-                read[row] = scalar_BT[b, list(positions[row])].tolist()
-        return read
+        read: dict[int, list[float]] = {}
+        with sharding.gathered(self.model):
+            for batch in own_micro_batches([len(row) for row in rows], tokens_per_batch=4 * tokens_per_batch):
+                token_BT, _ = pad_right([rows[b] for b in batch])
+                scalar_BT = self(token_BT).mean(-1).cpu()
+                for b, row in enumerate(batch):
+                    read[row] = scalar_BT[b, list(positions[row])].tolist()
+        read = distributed.gathered(read)
+        return [read[row] for row in range(len(rows))]
 
 
 class TokenValue(nn.Module):

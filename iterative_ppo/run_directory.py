@@ -2,8 +2,11 @@
 
 A stage folder that exists is complete; one that was being written when the process died carries another name and is
 thrown away. That is all that `--resume` needs.
+
+Of several processes the main one writes, and the others go on once it is there: all must see the same folder.
 """
 
+import collections
 import dataclasses
 import functools
 import json
@@ -13,16 +16,20 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from iterative_ppo import config as config_module
+from iterative_ppo import distributed
 from iterative_ppo.config import Config, ConfigError
+from iterative_ppo.conversation_log import write_conversations
+from iterative_ppo.conversations import Conversation
 
 SCHEMA = 1
+_SECONDS_TO_BE_SEEN = 60.0
 _LIBRARIES = ("iterative-ppo", "torch", "transformers", "numpy", "gymnasium")
 
 
@@ -55,14 +62,17 @@ class RunDirectory:
     def __init__(self, path: Path, config: Config, *, resume: bool) -> None:
         self.path = path
         self.config = config
-        config_file = path / "config.toml"
+        distributed.on_main(lambda: self._open(resume=resume))
+
+    def _open(self, *, resume: bool) -> None:
+        config_file = self.path / "config.toml"
         if config_file.exists() and resume:
-            _require_same(config_module.from_dict(config_module.load(config_file)), config, path)
-        elif path.exists() and not _is_blank(path):
+            _require_same(config_module.from_dict(config_module.load(config_file)), self.config, self.path)
+        elif self.path.exists() and not _is_blank(self.path):
             hint = "add --resume to go on with it, or " if config_file.exists() else ""
-            raise ConfigError(f"{path}: the folder is not empty; {hint}choose another with --out")
-        text = config_module.to_toml(config)
-        path.mkdir(parents=True, exist_ok=True)
+            raise ConfigError(f"{self.path}: the folder is not empty; {hint}choose another with --out")
+        text = config_module.to_toml(self.config)
+        self.path.mkdir(parents=True, exist_ok=True)
         write_text(config_file, text)
 
     def stage(
@@ -79,19 +89,32 @@ class RunDirectory:
             name: folder below the run's, as `iteration-001/fit`.
             seed: the stage's seed, for the manifest.
             parents: what the stage reads, by role.
-            make: writes the stage's files into the folder it is given and returns its metrics.
+            make: writes the stage's files into the folder it is given and returns its metrics. Every process calls it.
         """
         folder = self.path / name
         manifest = folder / "manifest.json"
-        if manifest.exists():
-            done = json.loads(manifest.read_text(encoding="utf-8"))
-            return Stage(folder=folder, metrics=done["metrics"], seconds=done["seconds"])
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        started = time.perf_counter()
-        metrics = to_json(make(partial))
-        seconds = time.perf_counter() - started
+        if not distributed.from_main(manifest.exists()):
+            partial = folder.with_name(f".{folder.name}.partial")
+            distributed.on_main(lambda: _make_anew(partial))
+            started = time.perf_counter()
+            metrics = to_json(make(partial))
+            seconds = time.perf_counter() - started
+            distributed.on_main(lambda: self._finish(partial, name, seed, parents, metrics, seconds))
+        wait_for(manifest)
+        done = json.loads(manifest.read_text(encoding="utf-8"))
+        return Stage(folder=folder, metrics=done["metrics"], seconds=done["seconds"])
+
+    def _finish(
+        self,
+        partial: Path,
+        name: str,
+        seed: int,
+        parents: Mapping[str, Path],
+        metrics: Mapping[str, Any],
+        seconds: float,
+    ) -> None:
+        """Writes the manifest of a stage that is made, and gives its folder the name by which it is found."""
+        folder = self.path / name
         write_json(
             partial / "manifest.json",
             {
@@ -110,7 +133,37 @@ class RunDirectory:
             _sync(file)
         partial.rename(folder)
         _sync(folder.parent)
-        return Stage(folder=folder, metrics=metrics, seconds=seconds)
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def wait_for(path: Path) -> None:
+    """Waits until a file that the main process has written is there for this one too.
+
+    Raises:
+        ConfigError: it does not come, since the processes do not share the folder.
+    """
+    deadline = time.monotonic() + _SECONDS_TO_BE_SEEN
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{path}: written by the main process and not seen by process {distributed.rank()}: "
+                "--out must be on a file system that all machines share"
+            )
+        time.sleep(0.1)
+
+
+def write_log(path: Path, conversations: Iterable[Conversation]) -> None:
+    """Writes a log. Every process takes part in making the conversations, and can read the log afterwards."""
+    if distributed.is_main():
+        write_conversations(path, conversations)
+    else:
+        collections.deque(conversations, maxlen=0)
+    distributed.from_main(None)
+    wait_for(path)
 
 
 def find_q_function(path: Path) -> Path:
@@ -165,12 +218,14 @@ def to_json(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON, whole or not at all."""
+    """Writes JSON, whole or not at all; of several processes the main one does."""
     write_text(path, json.dumps(to_json(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
+    """Writes a text file, whole or not at all; of several processes the main one does."""
+    if not distributed.is_main():
+        return
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     _sync(partial)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iterative_ppo.batching import micro_batches
+from iterative_ppo.batching import own_micro_batches
 
 TokenIds = tuple[int, ...]
 
@@ -96,19 +96,29 @@ def _has_full_attention(model: PreTrainedModel) -> bool:
 
 
 def tree_batches(
-    prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int, share: bool = True
+    prompts: Sequence[TokenIds],
+    responses: Sequence[TokenIds],
+    *,
+    tokens_per_batch: int,
+    share: bool = True,
+    in_step: bool = False,
 ) -> Iterator[tuple[list[int], TreeBatch]]:
     """All rows as batches of trees, each with the rows that it holds, in the order of the batch's R.
+
+    Of several processes each has its share of the trees.
 
     Args:
         tokens_per_batch: padded tokens of a batch, at most (a larger tree goes alone).
         share: whether rows may share a tree; see `takes_trees`.
+        in_step: whether every process gets as many batches as the one with the most; what it lacks has no rows of its
+            own, and a tree to be computed all the same.
     """
     trees = _trees(prompts, responses) if share else [[row] for row in range(len(prompts))]
     sizes = [len(prompts[tree[-1]]) + sum(len(responses[row]) for row in tree) for tree in trees]
-    for batch in micro_batches(sizes, tokens_per_batch=tokens_per_batch):
+    for batch in own_micro_batches(sizes, tokens_per_batch=tokens_per_batch, in_step=in_step):
         chosen = [trees[tree] for tree in batch]
-        yield [row for tree in chosen for row in tree], _tree_batch(chosen, prompts, responses)
+        computed = chosen or [trees[sizes.index(min(sizes))]]
+        yield [row for tree in chosen for row in tree], _tree_batch(computed, prompts, responses)
 
 
 def run_trees(call: Callable[..., Tensor], batch: TreeBatch, *, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from iterative_ppo.config import Config
-from iterative_ppo.conversation_log import read_conversations, write_conversations
+from iterative_ppo.conversation_log import read_conversations
 from iterative_ppo.conversations import Conversation, turn_rewards
 from iterative_ppo.environments import ScriptedEnvironment, TextEnvironment
 from iterative_ppo.environments.rollout import RolloutStatistics, collect, collect_scripted
@@ -22,7 +22,7 @@ from iterative_ppo.from_logs import (
 )
 from iterative_ppo.intervals import Interval, clustered_interval, mean_interval
 from iterative_ppo.policy import Policy
-from iterative_ppo.run_directory import RunDirectory, Stage, to_json
+from iterative_ppo.run_directory import RunDirectory, Stage, to_json, write_log
 from iterative_ppo.supervised import Progress
 
 _START, _COLLECT, _FIT, _IMPROVE, _EVALUATE, _FINAL = range(6)
@@ -212,7 +212,7 @@ class Stages:
 
     def _collect(self, file: Path, policy: Stage, *, num_conversations: int, seed: int) -> dict[str, Any]:
         statistics = RolloutStatistics()
-        write_conversations(
+        write_log(
             file,
             collect(
                 self._load(policy),
@@ -241,7 +241,7 @@ class Stages:
             seed=self._seed(0, _START),
             max_turns=self.config.environment.max_turns,
         )
-        write_conversations(file, conversations)
+        write_log(file, conversations)
 
 
 def _read_batches(batches: Iterable[Stage]) -> list[Conversation]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from iterative_ppo import distributed
 from iterative_ppo.config import ConfigError
 from iterative_ppo.conversation_log import BadLines, read_conversations, write_conversations
 from iterative_ppo.conversations import Conversation, split_by_group
@@ -23,7 +24,7 @@ from iterative_ppo.from_logs import (
 from iterative_ppo.intervals import clustered_interval
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_function import QFunction
-from iterative_ppo.run_directory import RunDirectory, Stage, to_json, write_json
+from iterative_ppo.run_directory import RunDirectory, Stage, to_json, wait_for, write_json, write_text
 from iterative_ppo.supervised import Progress
 from iterative_ppo.turns_to_tokens import TokenizedTurns, tokenize
 
@@ -174,7 +175,8 @@ class Step:
             ]
             gains[role] = clustered_interval(q_values[role][1] - q_values[role][0], groups)
         shown = np.linspace(0, len(prompts) - 1, min(_NUM_SAMPLES_SHOWN, len(prompts))).astype(int).tolist()
-        (folder / "samples.md").write_text(
+        write_text(
+            folder / "samples.md",
             _samples(
                 policy.tokenizer.decode,
                 [prompts[i] for i in shown],
@@ -182,7 +184,6 @@ class Step:
                 [policy.renderer.response_text(after[i]) for i in shown],
                 [(float(q_values["other_half"][0][i]), float(q_values["other_half"][1][i])) for i in shown],
             ),
-            encoding="utf-8",
         )
         return {
             "num_prompts": len(prompts),
@@ -214,14 +215,19 @@ def copy_log(logs: Path, directory: RunDirectory, *, bad_lines: BadLines) -> lis
         ConfigError: the run was begun with other conversations.
     """
     copy = directory.path / _LOG
-    found = read_conversations(logs, bad_lines=bad_lines, rejects=directory.path / "rejected.jsonl")
-    if not copy.exists():
-        write_conversations(copy, found)
-        return list(read_conversations(copy))
-    kept = list(read_conversations(copy))
-    if kept != list(found):
-        raise ConfigError(f"{logs}: not the conversations that {directory.path} was begun with; choose another --out")
-    return kept
+
+    def keep() -> None:
+        found = read_conversations(logs, bad_lines=bad_lines, rejects=directory.path / "rejected.jsonl")
+        if not copy.exists():
+            write_conversations(copy, found)
+        elif list(read_conversations(copy)) != list(found):
+            raise ConfigError(
+                f"{logs}: not the conversations that {directory.path} was begun with; choose another --out"
+            )
+
+    distributed.on_main(keep)
+    wait_for(copy)
+    return list(read_conversations(copy))
 
 
 def keep_arguments(directory: RunDirectory, arguments: Mapping[str, object]) -> None:
@@ -231,9 +237,14 @@ def keep_arguments(directory: RunDirectory, arguments: Mapping[str, object]) -> 
         ConfigError: the step was begun with other arguments.
     """
     file = directory.path / _ARGUMENTS
-    if not file.exists():
-        write_json(file, arguments)
-    kept = json.loads(file.read_text(encoding="utf-8"))
+
+    def keep() -> dict[str, object]:
+        if not file.exists():
+            write_json(file, arguments)
+        kept: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
+        return kept
+
+    kept = distributed.on_main(keep)
     for name, value in arguments.items():
         if kept[name] != value:
             raise ConfigError(

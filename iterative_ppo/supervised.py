@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iterative_ppo.batching import micro_batches
+from iterative_ppo import distributed
+from iterative_ppo.batching import own_micro_batches
 from iterative_ppo.muon import Muon
+from iterative_ppo.sharding import by_kind, clip_gradients, gathered, has_shards
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, how much of it is done, and out of how much."""
@@ -98,7 +100,7 @@ def fit_passes(
         for step in range(steps_per_pass):
             rows = order[step * rows_per_step : (step + 1) * rows_per_step]
             with torch.random.fork_rng(devices):
-                torch.manual_seed(int(dropout.integers(2**63)))
+                torch.manual_seed(int(dropout.integers(2**63)) + distributed.rank())
                 loss, weight = accumulate_gradient(
                     loss_sum_and_weight,
                     rows,
@@ -165,7 +167,9 @@ class _ScheduledOptimizer:
         others = [p for p in parameters if id(p) not in by_muon]
         self.parameters = parameters
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.01, fused=True)
+            torch.optim.AdamW(
+                [{"params": group} for group in by_kind(others)], lr=learning_rate, weight_decay=0.01, fused=True
+            )
         ]
         if matrices:
             self.optimizers.append(Muon(matrices, lr=learning_rate, weight_decay=0.01))
@@ -173,7 +177,7 @@ class _ScheduledOptimizer:
 
     def step(self) -> None:
         """Takes a step along the gradients and forgets them."""
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        clip_gradients(self.parameters, 1.0)
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
             schedule.step()
@@ -190,14 +194,22 @@ def accumulate_gradient(
 ) -> tuple[float, float]:
     """Adds the gradient of (sum of losses / sum of weights) over rows, in micro-batches of bounded size.
 
+    Of several processes each computes its share of the rows, and all have the same gradient afterwards.
+
     Returns the sum of losses and the sum of weights.
     """
     total_loss, total_weight = 0.0, 0.0
-    for batch in micro_batches(lengths, tokens_per_batch=tokens_per_batch):
+    for batch in own_micro_batches(lengths, tokens_per_batch=tokens_per_batch, in_step=has_shards(parameters)):
+        if not batch:  # the other processes cannot gather their weights without this one
+            loss, _ = loss_sum_and_weight([rows[0]])
+            (0.0 * loss).backward()
+            continue
         loss, weight = loss_sum_and_weight([rows[i] for i in batch])
         loss.backward()
         total_loss += float(loss.detach())
         total_weight += float(weight)
+    total_loss, total_weight = distributed.sums(total_loss, total_weight)
+    distributed.sum_gradients(parameters)
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.div_(max(total_weight, 1e-12))
@@ -216,8 +228,10 @@ def mean_loss(
     """Weighted mean loss over rows, without training."""
     model.eval()
     total_loss, total_weight = 0.0, 0.0
-    for batch in micro_batches([lengths[row] for row in rows], tokens_per_batch=4 * tokens_per_batch):
-        loss, weight = loss_sum_and_weight([rows[i] for i in batch])
-        total_loss += float(loss)
-        total_weight += float(weight)
+    with gathered(model):
+        for batch in own_micro_batches([lengths[row] for row in rows], tokens_per_batch=4 * tokens_per_batch):
+            loss, weight = loss_sum_and_weight([rows[i] for i in batch])
+            total_loss += float(loss)
+            total_weight += float(weight)
+    total_loss, total_weight = distributed.sums(total_loss, total_weight)
     return total_loss / max(total_weight, 1e-12)

@@ -1,4 +1,7 @@
-"""Collects conversations of a policy with a text environment, many at a time in lock-step."""
+"""Collects conversations of a policy with a text environment, many at a time in lock-step.
+
+Several processes each play their part of the conversations, and all have all of them afterwards.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -7,11 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from iterative_ppo import distributed
 from iterative_ppo.conversations import Conversation, Message, chat_messages
 from iterative_ppo.environments import TextEnvironment
 from iterative_ppo.policy import Policy
+from iterative_ppo.sharding import gathered
 from iterative_ppo.supervised import Progress, no_progress
 
+_SCRIPTED_PER_ROUND = 512
 Responder = Callable[[Sequence["Talk"]], list[tuple[str, float | None]]]
 """For each running talk, the response and its log-probability (None where there is none)."""
 
@@ -98,6 +104,13 @@ class RolloutStatistics:
     num_dropped_messages: int = 0
     """Messages left out of prompts because a conversation was longer than the context."""
 
+    def add(self, own: "RolloutStatistics") -> None:
+        """Adds the counts of every process."""
+        turns, tokens, dropped = distributed.sums(own.num_turns, own.num_encoded_tokens, own.num_dropped_messages)
+        self.num_turns += int(turns)
+        self.num_encoded_tokens += int(tokens)
+        self.num_dropped_messages += int(dropped)
+
 
 def start_talk(environment: TextEnvironment, *, name: str, seed: int, index: int) -> Talk:
     """Resets the environment for conversation `index` of a collection with this seed."""
@@ -137,19 +150,22 @@ def collect(
     Conversation i has a random stream of its own for the environment and one for the responses, both derived from
     (seed, i): two policies evaluated with the same seed meet the same customers and the same luck.
     """
-    statistics = statistics or RolloutStatistics()
     environments: list[TextEnvironment] = []
-    for first in range(0, num_conversations, lockstep):
-        indices = range(first, min(first + lockstep, num_conversations))
-        while len(environments) < len(indices):
+    for indices in _rounds(num_conversations, lockstep):
+        own = distributed.part_of(indices)
+        while len(environments) < len(own):
             environments.append(make_environment())
         talks = [
             start_talk(environment, name=f"{name}-{index:06d}", seed=seed, index=index)
-            for environment, index in zip(environments, indices, strict=False)
+            for environment, index in zip(environments, own, strict=False)
         ]
-        finish(policy, talks, max_turns=max_turns, statistics=statistics)
+        counts = RolloutStatistics()
+        with gathered(policy.model):
+            finish(policy, talks, max_turns=max_turns, statistics=counts)
+        if statistics is not None:
+            statistics.add(counts)
         progress(f"collect {name}", indices.stop, num_conversations)
-        yield from (talk.conversation(name) for talk in talks)
+        yield from _in_order(own, [talk.conversation(name) for talk in talks])
 
 
 def collect_scripted(
@@ -162,7 +178,8 @@ def collect_scripted(
 ) -> Iterator[Conversation]:
     """Conversations of the environment's own scripted seller, its method `scripted_response(messages, generator)`."""
     environment: Any = make_environment()
-    for index in range(num_conversations):
+
+    def conversation(index: int) -> Conversation:
         talk = start_talk(environment, name=f"{name}-{index:06d}", seed=seed, index=index)
         while talk.end is None:
             try:
@@ -172,7 +189,24 @@ def collect_scripted(
             if not isinstance(response, str):
                 raise talk._failure(f"scripted_response returned {type(response).__name__}, not a string")
             talk.say(response, None, max_turns=max_turns)
-        yield talk.conversation(name)
+        return talk.conversation(name)
+
+    for indices in _rounds(num_conversations, _SCRIPTED_PER_ROUND):
+        own = distributed.part_of(indices)
+        yield from _in_order(own, [conversation(index) for index in own])
+
+
+def _rounds(num_conversations: int, per_process: int) -> Iterator[range]:
+    """The indices of all conversations, as many at a time as the processes have room for."""
+    size = per_process * distributed.world_size()
+    for first in range(0, num_conversations, size):
+        yield range(first, min(first + size, num_conversations))
+
+
+def _in_order(own: range, conversations: Sequence[Conversation]) -> Iterator[Conversation]:
+    """The conversations of all processes, by their indices."""
+    everyone = distributed.gathered(dict(zip(own, conversations, strict=True)))
+    return (everyone[index] for index in sorted(everyone))
 
 
 def finish(

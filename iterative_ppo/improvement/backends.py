@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
+from iterative_ppo import distributed
 from iterative_ppo.config import ConfigError, ImprovementConfig
 from iterative_ppo.improvement import native
 from iterative_ppo.improvement.base import Improvement, RewardFunction
@@ -15,11 +16,15 @@ from iterative_ppo.supervised import Progress, no_progress
 
 
 def require_backend(config: ImprovementConfig) -> None:
-    """Raises ConfigError where the backend is an outside stack that is not installed."""
-    if config.backend == "trl" and importlib.util.find_spec("trl") is None:
+    """Raises ConfigError where the backend is an outside stack that is not installed, or cannot work in several processes."""
+    if config.backend != "trl":
+        return
+    if importlib.util.find_spec("trl") is None:
         raise ConfigError(
             'improvement.backend: "trl" is not installed; install it with pip install -c constraints.txt -e ".[trl]"'
         )
+    if distributed.world_size() > 1:
+        raise ConfigError('improvement.backend: "trl" works in one process here; under torchrun use "native"')
 
 
 def improve(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iterative_ppo import losses
+from iterative_ppo import distributed, losses
 from iterative_ppo.adapters import copy_sharing_frozen
 from iterative_ppo.config import ImprovementConfig
 from iterative_ppo.improvement.base import Improvement, RewardFunction, UpdateMetrics
@@ -28,6 +28,7 @@ from iterative_ppo.improvement.responses import (
 )
 from iterative_ppo.policy import Policy
 from iterative_ppo.rendering import TokenIds
+from iterative_ppo.sharding import by_kind, clip_gradients, gathered, has_shards
 from iterative_ppo.shared_prefix import families, takes_trees, tree_batches
 from iterative_ppo.supervised import Progress, no_progress, restore_weights, trained_weights
 
@@ -175,7 +176,9 @@ class _Learner:
             self.value_parameters = [p for p in self.token_value.parameters() if p.requires_grad]
             if self.value_parameters:
                 self.value_optimizer = torch.optim.AdamW(
-                    self.value_parameters, lr=config.token_value_learning_rate, weight_decay=0.0
+                    [{"params": group} for group in by_kind(self.value_parameters)],
+                    lr=config.token_value_learning_rate,
+                    weight_decay=0.0,
                 )
         self.trains_value = bool(self.value_parameters) and config.token_value_learning_rate > 0
 
@@ -206,6 +209,7 @@ class _Learner:
                     known = first_values if pass_ == 0 and _have_graphs(first_values) else None
                     values = known or self._token_values(rollout, rows, tokens_per_batch=self.tokens_per_batch)
                     self._value_step(values, rollout, baseline.return_BT, rows)
+            stats = stats.added_up()
             num_passes += 1
             if stats.policy_kl / stats.num_tokens > self.config.early_stop_kl:
                 break
@@ -231,11 +235,11 @@ class _Learner:
         old_logprob_BT = torch.zeros_like(rollout.old_logprob_BT)
         for rows in minibatches:
             prompts, responses = rollout.select(rows)
-            with torch.no_grad():
+            with torch.no_grad(), gathered(self.policy.model):
                 for logits in self.policy.response_logits(prompts, responses, tokens_per_batch=self.tokens_per_batch):
                     width = logits.mask_BT.shape[1]
                     old_logprob_BT[[rows[place] for place in logits.rows], :width] = logits.logprobs()
-        return dataclasses.replace(rollout, old_logprob_BT=old_logprob_BT)
+        return dataclasses.replace(rollout, old_logprob_BT=distributed.add_up(old_logprob_BT))
 
     def _first_values(self, rollout: Rollout) -> list[tuple[list[int], Tensor]]:
         """The token values before the first pass, in micro-batches.
@@ -245,11 +249,16 @@ class _Learner:
         if self.token_value is None:
             return []
         num_tokens = sum(map(len, rollout.prompts)) + sum(map(len, rollout.responses))
-        keeps_graph = self.trains_value and self.config.num_minibatches == 1 and num_tokens <= self.tokens_per_batch
-        tokens_per_batch = self.tokens_per_batch if keeps_graph else 4 * self.tokens_per_batch
-        with torch.set_grad_enabled(keeps_graph):
-            rows = range(len(rollout.responses))
-            return list(self._token_values(rollout, rows, tokens_per_batch=tokens_per_batch))
+        rows = range(len(rollout.responses))
+        if (
+            self.trains_value
+            and self.config.num_minibatches == 1
+            and num_tokens <= self.tokens_per_batch
+            and not has_shards(self.value_parameters)
+        ):
+            return list(self._token_values(rollout, rows, tokens_per_batch=self.tokens_per_batch))
+        with torch.no_grad(), gathered(self.token_value):
+            return list(self._token_values(rollout, rows, tokens_per_batch=4 * self.tokens_per_batch))
 
     def _baseline(self, rollout: Rollout, values: Sequence[tuple[list[int], Tensor]]) -> _Baseline:
         config = self.config
@@ -261,6 +270,7 @@ class _Learner:
             value_BT = torch.zeros_like(token_reward_BT)
             for batch, of_batch_BT in values:
                 value_BT[batch, : of_batch_BT.shape[1]] = of_batch_BT.detach()
+            distributed.add_up(value_BT)
             advantage_BT = losses.generalized_advantage_estimation(
                 token_reward_BT, value_BT, rollout.mask_BT, lambda_=config.gae_lambda
             )
@@ -283,7 +293,11 @@ class _Learner:
         assert self.token_value is not None
         prompts, responses = rollout.select(rows)
         for places, batch in tree_batches(
-            prompts, responses, tokens_per_batch=tokens_per_batch, share=takes_trees(self.token_value)
+            prompts,
+            responses,
+            tokens_per_batch=tokens_per_batch,
+            share=takes_trees(self.token_value),
+            in_step=torch.is_grad_enabled() and has_shards(self.value_parameters),
         ):
             value_BT = batch.before(self.token_value(batch))
             yield [rows[place] for place in places], value_BT * batch.mask_RL.to(value_BT.device)
@@ -294,6 +308,9 @@ class _Learner:
         config = self.config
         prompts, responses = rollout.select(rows)
         for logits in self.policy.response_logits(prompts, responses, tokens_per_batch=self.tokens_per_batch):
+            if not logits.rows:
+                (0.0 * logits.logits_NV.sum()).backward()
+                continue
             batch = [rows[place] for place in logits.rows]
             width = logits.mask_BT.shape[1]
             old_BT, anchor_BT = rollout.old_logprob_BT[batch, :width], rollout.anchor_logprob_BT[batch, :width]
@@ -305,7 +322,8 @@ class _Learner:
                 loss = loss + self.kl_coefficient * scale * losses.kl_loss(logprob_BT, anchor_BT, logits.mask_BT)
             (loss * len(batch) / len(rows)).backward()
             stats.add(logprob_BT.detach(), old_BT, logits.logits_NV.detach(), logits.mask_BT, clip=config.clip)
-        nn.utils.clip_grad_norm_(self.policy_parameters, 1.0)
+        distributed.sum_gradients(self.policy_parameters)
+        clip_gradients(self.policy_parameters, 1.0)
         self.policy_optimizer.step()
         self.policy_optimizer.zero_grad(set_to_none=True)
 
@@ -314,11 +332,15 @@ class _Learner:
     ) -> None:
         num_tokens = float(rollout.mask_BT[rows].sum())
         for batch, value_BT in values:
+            if not batch:
+                (0.0 * value_BT.sum()).backward()
+                continue
             width = value_BT.shape[1]
             mask_BT = rollout.mask_BT[batch, :width]
             loss = losses.token_value_loss(value_BT, return_BT[batch, :width], mask_BT)
             (loss * float(mask_BT.sum()) / num_tokens).backward()
-        nn.utils.clip_grad_norm_(self.value_parameters, 1.0)
+        distributed.sum_gradients(self.value_parameters)
+        clip_gradients(self.value_parameters, 1.0)
         self.value_optimizer.step()
         self.value_optimizer.zero_grad(set_to_none=True)
 
@@ -343,6 +365,10 @@ class _PassStatistics:
         self.num_clipped += num_tokens * float(losses.clip_fraction(logprob_BT, old_BT, mask_BT, clip=clip))
         self.policy_kl += float(losses.masked_sum(losses.kl_k3(old_BT, logprob_BT), mask_BT))
         self.entropy += float(losses.token_entropy(logits_NV).sum())
+
+    def added_up(self) -> "_PassStatistics":
+        """Of all processes."""
+        return _PassStatistics(*distributed.sums(self.num_tokens, self.num_clipped, self.policy_kl, self.entropy))
 
 
 def _normalized(advantage_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, float]:
