@@ -24,7 +24,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _FILE = click.Path(path_type=Path)
 _EXIT_FAILED, _EXIT_USER_MISTAKE, _EXIT_INTERRUPTED = 1, 2, 130
 _IN_SEVERAL_PROCESSES = ("iterate", "step", "fit", "improve", "collect", "evaluate")
-_SECONDS_TO_BE_ENDED = 2.0
+_SECONDS_TO_BE_ENDED = 10.0
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
