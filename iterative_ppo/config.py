@@ -147,8 +147,8 @@ class QFunctionConfig(_Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImprovementConfig(_Section):
-    backend: Literal["native"] = "native"
-    """Who does the single-turn improvement step."""
+    backend: Literal["native", "external"] = "native"
+    """Who does the single-turn improvement step. `external`: another stack; the run stops before it, and `ippo export` and `ippo import` hand it over and take it back."""
     algorithm: Literal["ppo", "grpo", "rloo"] = "ppo"
     """`ppo` has a token-level value baseline; `grpo` and `rloo` compare `num_samples` responses to the same prompt."""
     num_updates: Count = 6

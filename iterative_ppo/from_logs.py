@@ -249,6 +249,10 @@ def labelled(
     return sequences, counts
 
 
+class ExternalStepError(ValueError):
+    """The improvement step is another stack's to make: a run stops before it, and goes on when it is imported."""
+
+
 def improve_from_logs(
     config: Config,
     policy: Policy,
@@ -259,7 +263,15 @@ def improve_from_logs(
     seed: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """One improvement step on the conversations' prompts; writes candidate and updates into the folder."""
+    """One improvement step on the conversations' prompts; writes candidate and updates into the folder.
+
+    Raises:
+        ExternalStepError: with `improvement.backend = "external"`.
+    """
+    if config.improvement.backend == "external":
+        raise ExternalStepError(
+            'improvement.backend = "external": this step is made by another stack; see `ippo export`'
+        )
     tokens_per_batch = config.compute.tokens_per_batch
     prompts = all_prompts(tokenize(conversation, policy.renderer) for conversation in conversations)
     if not prompts:

@@ -28,6 +28,7 @@ LAYERS: list[dict[str, str]] = [
     {  # 1: models
         "activation_checkpointing": "",
         "adapters": "",
+        "compatibility": "",
         "rendering": "",
         "sampling": "losses rendering",
         "muon": "",
@@ -52,6 +53,9 @@ LAYERS: list[dict[str, str]] = [
         "policy_iteration": "run_directory stages",
         "cross_validation": "from_logs turns_to_tokens",
         "step": "cross_validation from_logs run_directory turns_to_tokens",
+        "open_step": "run_directory step",
+        "export": "from_logs open_step run_directory turns_to_tokens",
+        "import_candidate": "export from_logs open_step run_directory turns_to_tokens",
         "ranking": "",
         "conformance": "",
         "report": "conformance policy_iteration ranking",
