@@ -235,6 +235,29 @@ def improve(
 
 
 @cli.command()
+@click.argument("stack", type=click.Choice(["verl", "openrlhf", "trl"]))
+@click.argument("run", type=_FILE, metavar="RUN")
+@click.option("--out", required=True, type=_FILE, help="Folder for the export.")
+@_json
+def export(stack: Literal["verl", "openrlhf", "trl"], run: Path, out: Path, as_json: bool) -> None:
+    """Write a run's next improvement step as a folder from which another RLHF stack makes it."""
+    from iterative_ppo import commands
+
+    _finish(commands.run_export(stack, run, out, console=_stdout()), as_json)
+
+
+@cli.command(name="import")
+@click.argument("run", type=_FILE, metavar="RUN")
+@click.option("--policy", required=True, type=_FILE, help="Folder of the policy that the other stack trained.")
+@_json
+def import_(run: Path, policy: Path, as_json: bool) -> None:
+    """Take a policy that another RLHF stack trained into its run, as the candidate of the iteration."""
+    from iterative_ppo import commands
+
+    _finish(commands.run_import(run, policy, console=_stdout()), as_json)
+
+
+@cli.command()
 @click.argument("folder", type=_FILE, metavar="FOLDER")
 @click.option("--out", required=True, type=_FILE, help="Folder for the plain model.")
 @_common

@@ -22,9 +22,12 @@ from iterative_ppo.cross_validation import cross_validate, group_names
 from iterative_ppo.entry_points import import_named
 from iterative_ppo.environments import TextEnvironment, make_environment
 from iterative_ppo.environments.rollout import RolloutStatistics, collect
+from iterative_ppo.export import Stack, export_step
 from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, load_policy, load_q_function
-from iterative_ppo.improvement.backends import require_backend
+from iterative_ppo.import_candidate import import_candidate
+from iterative_ppo.improvement.backends import ExternalStepError, require_backend
 from iterative_ppo.intervals import mean_interval
+from iterative_ppo.open_step import OpenStep, find_open_step
 from iterative_ppo.policy import Policy
 from iterative_ppo.policy_iteration import IterationRecord, iterate
 from iterative_ppo.q_function import QFunction, load_card
@@ -50,13 +53,17 @@ def run_iterate(config: Config, out: Path, *, resume: bool, console: Console, pr
     records: list[IterationRecord] = []
     console.print(f"run folder {out}" + ("" if optimum is None else f", optimum {optimum:.3f}"), highlight=False)
     console.print(report.iteration_header(), highlight=False)
-    for record in iterate(stages, count=config.iterations.count):
-        records.append(record)
-        console.print(report.iteration_line(record), highlight=False)
-        for warning in record.stages["fit"].metrics["warnings"] if "fit" in record.stages else ():
-            console.print(f"{'':>11}! {warning}", style="yellow", highlight=False, markup=False)
-        if distributed.is_main():
-            report.plot_learning_curve(records, optimum, out)
+    try:
+        for record in iterate(stages, count=config.iterations.count):
+            records.append(record)
+            console.print(report.iteration_line(record), highlight=False)
+            for warning in record.stages["fit"].metrics["warnings"] if "fit" in record.stages else ():
+                console.print(f"{'':>11}! {warning}", style="yellow", highlight=False, markup=False)
+            if distributed.is_main():
+                report.plot_learning_curve(records, optimum, out)
+    except ExternalStepError:
+        waiting = wait_for_import(find_open_step(out), console)
+        return waiting | {"iterations": to_json([report.iteration_json(record) for record in records])}
     final = stages.final(config.iterations.count, records[-1].policy)
     console.print(report.sketch_learning_curve(records, optimum), highlight=False, markup=False)
     figure = final.metrics
@@ -97,7 +104,10 @@ def run_step(
     directory = RunDirectory(out, config, resume=resume)
     keep_arguments(directory, {"group": group, "folds": num_folds})
     conversations = copy_log(logs, directory, bad_lines=bad_lines)
-    result = Step(directory, conversations, logs, group=group, progress=progress).run(num_folds=num_folds)
+    try:
+        result = Step(directory, conversations, logs, group=group, progress=progress).run(num_folds=num_folds)
+    except ExternalStepError:
+        return wait_for_import(find_open_step(out), console)
     metrics = {name: stage.metrics for name, stage in result.stages.items()}
     report.print_step(metrics, console)
     console.print(f"candidate {result.stages['improve'].folder / 'policy'}", highlight=False)
@@ -231,6 +241,62 @@ def run_improve(
         highlight=False,
     )
     return metrics | {"policy": str(out / "policy")}
+
+
+def run_export(stack: Stack, run: Path, out: Path, *, console: Console) -> dict[str, Any]:
+    """A folder from which another stack makes the improvement step at which a run stands."""
+    step = find_open_step(run)
+    empty_folder(out)
+    manifest = export_step(step, stack, out)
+    console.print(f"{out}: {step.name} of {run} for {stack}, {manifest['num_prompts']:,} prompts", highlight=False)
+    for reason, count in manifest["num_left_out"].items():
+        console.print(f"! {count:,} prompts are left out: {reason}", style="yellow", highlight=False, markup=False)
+    start = f"python {out / 'train.py'}" if stack == "trl" else f"ippo serve-q {run}, and bash {out / 'launch.sh'}"
+    console.print(f"next: {start}, in the environment of {stack}", highlight=False, markup=False)
+    return {"out": str(out), **to_json({key: value for key, value in manifest.items() if key != "files"})}
+
+
+def run_import(run: Path, source: Path, *, console: Console) -> dict[str, Any]:
+    """The policy that another stack trained, as the candidate of the step at which a run stands."""
+    step = find_open_step(run)
+    metrics = import_candidate(step, Path(policy_folder(str(source)))).metrics
+    console.print(
+        f"candidate {run / step.name / 'policy'}: Q reward {metrics['reward_first']:.4f} to {metrics['reward_last']:.4f}, "
+        f"KL {metrics['kl']:.3f} nats a response",
+        highlight=False,
+    )
+    if metrics["kl"] > metrics["kl_target"]:
+        console.print(
+            f"! beyond the budget of {metrics['kl_target']:g} (improvement.kl_target): Q was not fitted to such responses",
+            style="yellow",
+            highlight=False,
+            markup=False,
+        )
+    console.print(f"next: {resume_command(step)}", highlight=False, markup=False)
+    return {"run": str(run), "step": step.name, **metrics}
+
+
+def wait_for_import(step: OpenStep, console: Console) -> dict[str, Any]:
+    """Says what hands the improvement step to another stack and what takes its result back."""
+    console.print(
+        f"{step.run / step.name} is to be made by another stack:\n"
+        f"  ippo export verl|openrlhf|trl {step.run} --out EXPORT\n"
+        f"  ippo import {step.run} --policy CANDIDATE\n"
+        f"  {resume_command(step)}",
+        highlight=False,
+        markup=False,
+    )
+    return {"run": str(step.run), "waiting_for": step.name}
+
+
+def resume_command(step: OpenStep) -> str:
+    """What goes on with a run."""
+    command = f"ippo iterate {step.run / 'config.toml'}"
+    if step.is_from_logs:
+        arguments = step.arguments()
+        command = f"ippo step --logs {step.run / 'conversations.jsonl'} --config {step.run / 'config.toml'}"
+        command += f" --folds {arguments['folds']}" + (f" --group {arguments['group']}" if arguments["group"] else "")
+    return f"{command} --out {step.run} --resume"
 
 
 def run_merge(config: Config, source: Path, out: Path, *, console: Console) -> dict[str, Any]:

@@ -147,8 +147,8 @@ class QFunctionConfig(_Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImprovementConfig(_Section):
-    backend: Literal["native", "trl"] = "native"
-    """Who does the single-turn improvement step: `native`, or TRL's RLOO or GRPO trainer (extra `trl`; `ppo` it does not have)."""
+    backend: Literal["native", "trl", "external"] = "native"
+    """Who does the single-turn improvement step: `native`; `trl`, TRL's RLOO or GRPO trainer (extra `trl`; `ppo` it does not have); or `external`, another stack: the run stops before the step, and `ippo export` and `ippo import` hand it over and take it back."""
     algorithm: Literal["ppo", "grpo", "rloo"] = "ppo"
     """`ppo` has a token-level value baseline; `grpo` and `rloo` compare `num_samples` responses to the same prompt."""
     num_updates: Count = 6

@@ -260,7 +260,11 @@ def improve_from_logs(
     seed: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """One improvement step on the conversations' prompts; writes candidate and updates into the folder."""
+    """One improvement step on the conversations' prompts; writes candidate and updates into the folder.
+
+    Raises:
+        backends.ExternalStepError: with `improvement.backend = "external"`.
+    """
     tokens_per_batch = config.compute.tokens_per_batch
     prompts = all_prompts(tokenize(conversation, policy.renderer) for conversation in conversations)
     if not prompts:

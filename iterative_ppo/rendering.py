@@ -156,6 +156,12 @@ class Renderer:
             token_ids = without(num_dropped)
         return self._cut(token_ids, num_dropped_messages=num_dropped)
 
+    def template_messages(self, chat: Chat, *, num_dropped: int) -> list[dict[str, str]]:
+        """The messages from which the template writes a prompt: a chat without its `num_dropped` oldest, as adapted."""
+        chat = list(chat)
+        num_system = int(bool(chat) and chat[0]["role"] == "system")
+        return self._adapted(chat[:num_system] + chat[num_system + num_dropped :])
+
     def prompt_from_text(self, text: str) -> RenderedPrompt:
         """A prompt whose exact text was logged; its beginning is cut where it exceeds the context."""
         return self._cut(self.encode(text), num_dropped_messages=0)

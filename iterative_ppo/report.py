@@ -209,11 +209,12 @@ def print_step(metrics: dict[str, dict[str, Any]], console: Console) -> None:
         print_folds(metrics["folds"], console)
     improve, grade = metrics["improve"], metrics["grade"]
     gain, own = grade["q_gain"], grade["q_gain_by_own_q"]
-    console.print(
-        f"improvement: {improve['num_updates']} updates, KL {improve['kl']:.3f} nats a response, stopped by "
-        f"{improve['stop_reason']}",
-        highlight=False,
+    made = (
+        f"{improve['num_updates']} updates, stopped by {improve['stop_reason']}"
+        if improve["num_updates"]
+        else "imported"
     )
+    console.print(f"improvement: {made}, KL {improve['kl']:.3f} nats a response", highlight=False)
     console.print(
         f"gain by the Q of the other half: {gain['mean']:+.4f} ({gain['low']:+.4f} to {gain['high']:+.4f}), from "
         f"{grade['q_policy']:.4f} to {grade['q_candidate']:.4f} on {grade['num_prompts']:,} prompts; by the Q that "

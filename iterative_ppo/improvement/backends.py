@@ -15,6 +15,10 @@ from iterative_ppo.rendering import TokenIds
 from iterative_ppo.supervised import Progress, no_progress
 
 
+class ExternalStepError(ValueError):
+    """The improvement step is another stack's to make: a run stops before it, and goes on when it is imported."""
+
+
 def require_backend(config: ImprovementConfig) -> None:
     """Raises ConfigError where the backend is an outside stack that is not installed, or cannot work in several processes."""
     if config.backend != "trl":
@@ -38,7 +42,11 @@ def improve(
     tokens_per_batch: int,
     progress: Progress = no_progress,
 ) -> Improvement:
-    """One improvement step from `policy` by the backend of the configuration; arguments as in `native.improve`."""
+    """One improvement step from `policy` by the backend of the configuration; arguments as in `native.improve`.
+
+    Raises:
+        ExternalStepError: the backend is `external`.
+    """
     require_backend(config)
     match config.backend:
         case "native":
@@ -63,4 +71,8 @@ def improve(
                 generator=generator,
                 tokens_per_batch=tokens_per_batch,
                 progress=progress,
+            )
+        case "external":
+            raise ExternalStepError(
+                'improvement.backend = "external": this step is made by another stack; see `ippo export`'
             )
