@@ -194,7 +194,7 @@ class ComputeConfig(_Section):
     device: str = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, ... Under `torchrun` each process has a GPU of its own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of frozen weights; what is trained, log-probabilities and losses are float32."""
+    """Of frozen weights; what is trained, log-probabilities and losses are float32. A processor without instructions for `bfloat16` takes a hundred times as long with it."""
     tokens_per_batch: Annotated[int, _Range(64)] = 4096
     """Padded tokens in one forward and backward pass; results do not depend on it."""
     checkpoint_activations: bool = False
