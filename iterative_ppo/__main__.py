@@ -380,10 +380,10 @@ def serve_q(
     With the environment variable IPPO_API_KEY, requests need it as their bearer token.
     """
     _require_installed("serve-q", "serve", "fastapi", "uvicorn", "prometheus_client")
-    from iterative_ppo import run_directory
+    from iterative_ppo import q_folder
 
-    folder = run_directory.find_q_function(run)
-    tables = config_module.load(config_path) if config_path else run_directory.settings_beside(run, folder)
+    folder = q_folder.find_q_function(run)
+    tables = config_module.load(config_path) if config_path else q_folder.settings_beside(run, folder)
     config = _configured(tables, assignments)
     _say_start()
     from iterative_ppo import commands

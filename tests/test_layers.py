@@ -16,6 +16,7 @@ LAYERS: list[dict[str, str]] = [
     {  # 0: concepts
         "config": "",
         "entry_points": "",
+        "q_folder": "config",
         "conversations": "",
         "conversation_checks": "conversations",
         "conversation_log": "conversation_checks conversations",
