@@ -1,7 +1,8 @@
 """What the commands do, from checked arguments to a JSON-ready result; the command line itself is `__main__`."""
 
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from iterative_ppo.environments import TextEnvironment, make_environment
 from iterative_ppo.environments.rollout import RolloutStatistics, collect
 from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, load_policy, load_q_function
 from iterative_ppo.intervals import mean_interval
+from iterative_ppo.log_scores import LogScorer, score_log, write_scores
 from iterative_ppo.policy import Policy
 from iterative_ppo.policy_iteration import IterationRecord, iterate
 from iterative_ppo.q_function import QFunction, load_card
@@ -109,30 +111,40 @@ def run_step(
 
 
 def run_collect(
-    config: Config, policy_source: str, out: Path, *, progress: Progress, console: Console
+    config: Config, policy_source: str, out: Path, *, ray: str | None, progress: Progress, console: Console
 ) -> dict[str, Any]:
     """Conversations of a policy with the environment, as a log."""
-    policy = load(config, policy_source)
+    name = Path(policy_source).name or "policy"
     statistics = RolloutStatistics()
-    started = time.perf_counter()
-    rewards: list[float] = []
+    rewards = array("d")
 
-    def noted() -> Any:
-        for conversation in collect(
+    def noted(conversations: Iterator[Conversation]) -> Iterator[Conversation]:
+        for conversation in conversations:
+            rewards.append(total_reward(conversation))
+            yield conversation
+
+    if ray is None:
+        policy = load(config, policy_source)
+        started = time.perf_counter()
+        conversations = collect(
             policy,
             environment_maker(config),
             num_conversations=config.iterations.conversations,
             seed=config.seed,
             max_turns=config.environment.max_turns,
             lockstep=config.compute.rollout_conversations,
-            name=Path(policy_source).name or "policy",
+            name=name,
             statistics=statistics,
             progress=progress,
-        ):
-            rewards.append(total_reward(conversation))
-            yield conversation
+        )
+    else:
+        from iterative_ppo import with_ray
 
-    write_conversations(out, noted())
+        started = time.perf_counter()
+        conversations = with_ray.collect(
+            config, policy_folder(policy_source), address=ray, name=name, statistics=statistics, progress=progress
+        )
+    write_conversations(out, noted(conversations))
     outcome = mean_interval(rewards)
     seconds = time.perf_counter() - started
     console.print(
@@ -191,6 +203,28 @@ def run_fit(
         console.print(f"Q-function {out / 'q_function'}", highlight=False)
         result |= {"q_function": str(out / "q_function"), "report": to_json(fitted.report)}
     return result | {"seconds": round(time.perf_counter() - started, 2)}
+
+
+def run_score(
+    config: Config, logs: Path, q_folder: Path, out: Path, *, ray: str | None, progress: Progress, console: Console
+) -> dict[str, Any]:
+    """Q, the state's value and the reward of every decision point of a log."""
+    started = time.perf_counter()
+    if ray is None:
+        scores = score_log(LogScorer.load(q_folder, config), logs, progress=progress)
+    else:
+        from iterative_ppo import with_ray
+
+        scores = with_ray.score(config, q_folder, logs, address=ray, progress=progress)
+    totals = write_scores(out, scores)
+    seconds = time.perf_counter() - started
+    means = totals.means()
+    console.print(
+        f"{totals.num_points:,} decision points in {out}: mean Q {means['mean_q_value']:.4f}, of the state "
+        f"{means['mean_state_value']:.4f}, reward {means['mean_reward']:.4f}; {totals.num_points / seconds:.0f} a second",
+        highlight=False,
+    )
+    return {"out": str(out), "num_points": totals.num_points, **means, "seconds": round(seconds, 2)}
 
 
 def run_improve(

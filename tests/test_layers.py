@@ -56,6 +56,8 @@ LAYERS: list[dict[str, str]] = [
         "conformance": "",
         "report": "conformance policy_iteration ranking",
         "tables": "",
+        "log_scores": "from_logs turns_to_tokens",
+        "with_ray": "from_logs log_scores",
         "serve": "run_directory turns_to_tokens",
     },
     {  # 4: the command line; may import everything
