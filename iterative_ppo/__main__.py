@@ -60,6 +60,11 @@ _bad_lines = click.option(
     show_default=True,
     help="Stop at a malformed line, or set it aside in a file and count it.",
 )
+_ray = click.option(
+    "--ray",
+    metavar="local|ADDRESS",
+    help="Spread the work over this machine's cores or over a Ray cluster (auto or HOST:PORT). Needs the extra `ray`.",
+)
 _group = click.option("--group", help="Split conversations of one group as one, as metadata.dialogue.")
 _common = _options(_config_file, _settings, _json)
 
@@ -151,14 +156,42 @@ def validate(files: Sequence[Path], bad_lines: Literal["error", "skip"], as_json
 @cli.command()
 @_policy
 @click.option("--out", required=True, type=_FILE, help="Log to write.")
+@_ray
 @_common
-def collect(policy: str, out: Path, config_path: Path | None, assignments: Sequence[str], as_json: bool) -> None:
+def collect(
+    policy: str, out: Path, ray: str | None, config_path: Path | None, assignments: Sequence[str], as_json: bool
+) -> None:
     """Write conversations of a policy with the environment (iterations.conversations of them)."""
     config = _configuration(config_path, assignments)
     from iterative_ppo import commands, distributed
 
     with distributed.processes(), _progress() as progress:
-        result = commands.run_collect(config, policy, out, progress=progress, console=_stdout())
+        result = commands.run_collect(config, policy, out, ray=ray, progress=progress, console=_stdout())
+    _finish(result, as_json)
+
+
+@cli.command()
+@_logs
+@click.option("--q", "q_function", required=True, type=_FILE, help="Folder of a Q-function.")
+@click.option("--out", required=True, type=_FILE, help="File of scores to write, JSON Lines.")
+@_ray
+@_common
+def score(
+    logs: Path,
+    q_function: Path,
+    out: Path,
+    ray: str | None,
+    config_path: Path | None,
+    assignments: Sequence[str],
+    as_json: bool,
+) -> None:
+    """Write Q, the state's value and the reward of every decision point of a log."""
+    config = _configuration(config_path, assignments)
+    _require_readable(logs)
+    from iterative_ppo import commands
+
+    with _progress() as progress:
+        result = commands.run_score(config, logs, q_function, out, ray=ray, progress=progress, console=_stdout())
     _finish(result, as_json)
 
 

@@ -3,7 +3,8 @@
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from iterative_ppo import distributed, report
 from iterative_ppo.adapters import base_of
-from iterative_ppo.config import Config
+from iterative_ppo.config import Config, ConfigError
 from iterative_ppo.conformance import backend_of, check_backend
 from iterative_ppo.conversation_log import BadLines, read_conversations
 from iterative_ppo.conversations import Conversation, Message, chat_messages
@@ -27,6 +28,7 @@ from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, load_pol
 from iterative_ppo.import_candidate import import_candidate
 from iterative_ppo.improvement.backends import ExternalStepError, require_backend
 from iterative_ppo.intervals import mean_interval
+from iterative_ppo.log_scores import LogScorer, score_log, write_scores
 from iterative_ppo.open_step import OpenStep, find_open_step
 from iterative_ppo.policy import Policy
 from iterative_ppo.policy_iteration import IterationRecord, iterate
@@ -125,30 +127,42 @@ def run_step(
 
 
 def run_collect(
-    config: Config, policy_source: str, out: Path, *, progress: Progress, console: Console
+    config: Config, policy_source: str, out: Path, *, ray: str | None, progress: Progress, console: Console
 ) -> dict[str, Any]:
     """Conversations of a policy with the environment, as a log."""
-    policy = load(config, policy_source)
+    name = Path(policy_source).name or "policy"
     statistics = RolloutStatistics()
-    started = time.perf_counter()
-    rewards: list[float] = []
+    rewards = array("d")
 
-    def noted() -> Any:
-        for conversation in collect(
+    def noted(conversations: Iterator[Conversation]) -> Iterator[Conversation]:
+        for conversation in conversations:
+            rewards.append(total_reward(conversation))
+            yield conversation
+
+    if ray is None:
+        policy = load(config, policy_source)
+        started = time.perf_counter()
+        conversations = collect(
             policy,
             environment_maker(config),
             num_conversations=config.iterations.conversations,
             seed=config.seed,
             max_turns=config.environment.max_turns,
             lockstep=config.compute.rollout_conversations,
-            name=Path(policy_source).name or "policy",
+            name=name,
             statistics=statistics,
             progress=progress,
-        ):
-            rewards.append(total_reward(conversation))
-            yield conversation
+        )
+    else:
+        if distributed.world_size() > 1:
+            raise ConfigError("--ray: starts its own processes; call it without torchrun")
+        from iterative_ppo import with_ray
 
-    write_log(out, noted())
+        started = time.perf_counter()
+        conversations = with_ray.collect(
+            config, policy_folder(policy_source), address=ray, name=name, statistics=statistics, progress=progress
+        )
+    write_log(out, noted(conversations))
     outcome = mean_interval(rewards)
     seconds = time.perf_counter() - started
     console.print(
@@ -208,6 +222,28 @@ def run_fit(
         console.print(f"Q-function {out / 'q_function'}", highlight=False)
         result |= {"q_function": str(out / "q_function"), "report": to_json(fitted.report)}
     return result | {"seconds": round(time.perf_counter() - started, 2)}
+
+
+def run_score(
+    config: Config, logs: Path, q_folder: Path, out: Path, *, ray: str | None, progress: Progress, console: Console
+) -> dict[str, Any]:
+    """Q, the state's value and the reward of every decision point of a log."""
+    started = time.perf_counter()
+    if ray is None:
+        scores = score_log(LogScorer.load(q_folder, config), logs, progress=progress)
+    else:
+        from iterative_ppo import with_ray
+
+        scores = with_ray.score(config, q_folder, logs, address=ray, progress=progress)
+    totals = write_scores(out, scores)
+    seconds = time.perf_counter() - started
+    means = totals.means()
+    console.print(
+        f"{totals.num_points:,} decision points in {out}: mean Q {means['mean_q_value']:.4f}, of the state "
+        f"{means['mean_state_value']:.4f}, reward {means['mean_reward']:.4f}; {totals.num_points / seconds:.0f} a second",
+        highlight=False,
+    )
+    return {"out": str(out), "num_points": totals.num_points, **means, "seconds": round(seconds, 2)}
 
 
 def run_improve(

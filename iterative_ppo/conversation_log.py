@@ -15,6 +15,7 @@ from iterative_ppo.conversation_checks import FieldError, check_conversation, pa
 from iterative_ppo.conversations import Conversation, LogError
 
 BadLines = Literal["error", "skip"]
+_CHUNK_BYTES = 1 << 20
 
 
 def conversation_from_dict(record: object, *, file: str = "<memory>", line: int = 0) -> Conversation:
@@ -89,17 +90,51 @@ def read_checked(path: Path, rejects: Rejects | None) -> Iterator[Conversation]:
     """The conversations of one log; a bad line goes to `rejects`, or raises LogError where there is none."""
     with open(path, "rb") as log:
         for line, raw in enumerate(log, start=1):
-            body = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
-            if not body.strip(b" \t\r\n"):
-                continue
             try:
-                conversation = check_conversation(_parse(body))
+                conversation = _conversation(raw, is_first=line == 1)
             except FieldError as error:
                 if rejects is None:
                     raise LogError(str(path), line, error.field, error.reason) from None
                 rejects.add(raw)
                 continue
-            yield conversation
+            if conversation is not None:
+                yield conversation
+
+
+def read_part(path: Path, part: range) -> Iterator[Conversation]:
+    """The conversations whose lines begin in a range of a log's bytes: ranges without a gap give the whole log, once.
+
+    Raises:
+        LogError: a line is malformed.
+    """
+    with open(path, "rb") as log:
+        if part.start > 0:
+            log.seek(part.start - 1)
+            log.readline()  # of a line that begins before
+        while (start := log.tell()) < part.stop and (raw := log.readline()):
+            try:
+                conversation = _conversation(raw, is_first=start == 0)
+            except FieldError as error:
+                raise LogError(str(path), _line_number(path, start), error.field, error.reason) from None
+            if conversation is not None:
+                yield conversation
+
+
+def _conversation(raw: bytes, *, is_first: bool) -> Conversation | None:
+    """What a line holds; None for a blank one. A byte order mark may stand before the first."""
+    body = raw.removeprefix(b"\xef\xbb\xbf") if is_first else raw
+    return check_conversation(_parse(body)) if body.strip(b" \t\r\n") else None
+
+
+def _line_number(path: Path, start: int) -> int:
+    """Number of the line that begins at a byte."""
+    number = 1
+    with open(path, "rb") as log:
+        while start > 0:
+            chunk = log.read(min(start, _CHUNK_BYTES))
+            number += chunk.count(b"\n")
+            start -= len(chunk)
+    return number
 
 
 def rejects_path(path: Path) -> Path:
@@ -166,6 +201,18 @@ def write_conversations(path: str | os.PathLike[str], conversations: Iterable[Co
     Raises:
         LogError: A conversation could not be read back; the line is the one it would have had.
     """
+
+    def lines() -> Iterator[bytes]:
+        for line, conversation in enumerate(conversations, start=1):
+            record = conversation_to_dict(conversation)
+            conversation_from_dict(record, file=str(path), line=line)
+            yield json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+
+    return write_lines(path, lines())
+
+
+def write_lines(path: str | os.PathLike[str], lines: Iterable[bytes]) -> int:
+    """Writes lines to a file as one whole, each with its end; returns their number."""
     target = Path(os.path.realpath(path))  # a link to the log stays a link
     if target.exists() and not target.is_file():  # a rename would put a plain file in the place of /dev/null
         raise FileExistsError(errno.EEXIST, "exists and is not a regular file", str(path))
@@ -173,10 +220,8 @@ def write_conversations(path: str | os.PathLike[str], conversations: Iterable[Co
     num_written = 0
     try:
         with open(partial, "wb") as log:
-            for conversation in conversations:
-                record = conversation_to_dict(conversation)
-                conversation_from_dict(record, file=str(path), line=num_written + 1)
-                log.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            for line in lines:
+                log.write(line + b"\n")
                 num_written += 1
             log.flush()
             os.fsync(log.fileno())

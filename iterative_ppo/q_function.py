@@ -223,18 +223,25 @@ class QFunction(nn.Module):
         """`pessimistic_values` from every member's scalar."""
         return lower_confidence(self.to_value(scalar_BM), pessimism=pessimism)
 
-    @torch.no_grad()
     def read(
         self, rows: Sequence[TokenIds], positions: Sequence[Sequence[int]], *, tokens_per_batch: int
     ) -> list[list[float]]:
         """Q's scalar, before the link, at given token positions of each row, in one pass a row."""
-        read: dict[int, list[float]] = {}
+        members = self.read_members(rows, positions, tokens_per_batch=tokens_per_batch)
+        return [scalar_PM.mean(-1).tolist() for scalar_PM in members]
+
+    @torch.no_grad()
+    def read_members(
+        self, rows: Sequence[TokenIds], positions: Sequence[Sequence[int]], *, tokens_per_batch: int
+    ) -> list[Tensor]:
+        """The same of every ensemble member: for each row [P, M] on the CPU, P positions."""
+        read: dict[int, Tensor] = {}
         with sharding.gathered(self.model):
             for batch in own_micro_batches([len(row) for row in rows], tokens_per_batch=4 * tokens_per_batch):
                 token_BT, _ = pad_right([rows[b] for b in batch])
-                scalar_BT = self(token_BT).mean(-1).cpu()
+                scalar_BTM = self(token_BT).cpu()
                 for b, row in enumerate(batch):
-                    read[row] = scalar_BT[b, list(positions[row])].tolist()
+                    read[row] = scalar_BTM[b, list(positions[row])]
         read = distributed.gathered(read)
         return [read[row] for row in range(len(rows))]
 

@@ -28,6 +28,14 @@ def test_two_ways_side_by_side(script: str):
 
 
 @pytest.mark.slow
+def test_what_a_token_takes_of_the_memory():
+    result = last_line("host_memory", "--conversations", "5")
+    assert result["conversation_tokens"] == pytest.approx(1000, rel=0.05), "as docs/scaling.md assumes"
+    size = result["bytes_per_token"]
+    assert 4 < size["texts"] < size["fit"] < size["improve"]
+
+
+@pytest.mark.slow
 def test_where_the_time_of_the_loop_goes():
     small = {
         "policy.scripted_conversations": 64,

@@ -322,6 +322,18 @@ def test_fit_on_graded_outcomes_reports_rank_correlations(made: Path, tmp_path: 
     assert finished.json["spearman"].keys() == {"25", "50", "75", "100"}
 
 
+def test_score_writes_q_of_every_decision_point(made: Path, tmp_path: Path) -> None:
+    log = synthetic_log(tmp_path / "log.jsonl", 5)
+    out = tmp_path / "scores.jsonl"
+    finished = run("score", "--logs", log, "--q", Q, "--out", out, "--json", *SHOP_SETTINGS, folder=made)
+    assert finished.code == 0, finished.stderr
+    scores = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(s["conversation_id"], s["turn"]) for s in scores] == [(f"c{i}", turn) for i in range(5) for turn in (0, 1)]
+    assert all(0 < s["q_value"] < 1 and 0 < s["state_value"] < 1 and s["reward"] <= s["q_value"] + 0.01 for s in scores)
+    assert finished.json["num_points"] == 10
+    assert finished.json["mean_q_value"] == pytest.approx(sum(s["q_value"] for s in scores) / 10)
+
+
 def test_fit_needs_something_to_do(made: Path) -> None:
     finished = run("fit", "--logs", LOG, "--policy", START, folder=made)
     assert finished.code == 2

@@ -1,6 +1,7 @@
 """Log files: errors name their line, exact round trips, bad lines set aside, whole writes, real logs."""
 
 import copy
+import itertools
 import json
 import os
 import tracemalloc
@@ -16,6 +17,7 @@ from iterative_ppo.conversation_log import (
     conversation_from_dict,
     conversation_to_dict,
     read_conversations,
+    read_part,
     write_conversations,
 )
 from iterative_ppo.conversations import Conversation, LogError, decision_points, turn_rewards
@@ -158,6 +160,33 @@ def test_blank_lines_crlf_and_a_byte_order_mark_are_passed_over(tmp_path: Path) 
     assert list(read_conversations(path)) == [conversation()] * 2
     path.write_bytes(b"\xef\xbb\xbf\n\n" + line)
     assert list(read_conversations(path)) == [conversation()]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_parts_without_a_gap_are_the_whole_log(tmp_path: Path, data: st.DataObject) -> None:
+    """Wherever the cuts fall: in a line, at its end, in the byte order mark, many in one line."""
+    lines = [json.dumps(record(user("é" * i), id=str(i))) for i in range(5)]
+    lines.insert(data.draw(st.integers(0, 5)), " ")
+    end = data.draw(st.sampled_from(["\n", "\r\n"]))
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + (end.join(lines) + data.draw(st.sampled_from(["", end]))).encode())
+    size = path.stat().st_size
+    cuts = [0, *sorted(data.draw(st.lists(st.integers(0, size), max_size=8))), size]
+    parts = [range(start, stop) for start, stop in itertools.pairwise(cuts)]
+    assert [c for part in parts for c in read_part(path, part)] == list(read_conversations(path))
+
+
+def test_a_bad_line_of_a_part_has_its_number_in_the_log(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "log.jsonl", record(), "", record(), "{broken", record())
+    with pytest.raises(LogError) as whole:
+        list(read_conversations(path))
+    start = path.read_bytes().index(b"{broken")
+    for part in (range(path.stat().st_size), range(start - 3, start + 1), range(start, start + 40)):
+        with pytest.raises(LogError) as error:
+            list(read_part(path, part))
+        assert str(error.value) == str(whole.value)
+    assert whole.value.line == 4
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])

@@ -63,6 +63,8 @@ LAYERS: list[dict[str, str]] = [
         "conformance": "",
         "report": "conformance policy_iteration ranking",
         "tables": "",
+        "log_scores": "from_logs turns_to_tokens",
+        "with_ray": "from_logs log_scores",
         "dynamic_batching": "",
         "http_guard": "",
         "q_scoring": "from_logs",

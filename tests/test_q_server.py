@@ -28,12 +28,12 @@ from test_cli import run
 from iterative_ppo.config import Config, PolicyConfig, QFunctionConfig, to_toml
 from iterative_ppo.conversations import Message, chat_messages
 from iterative_ppo.http_guard import MAX_BODY_BYTES
+from iterative_ppo.q_folder import find_q_function, settings_beside
 from iterative_ppo.q_function import QFunction, QFunctionCard
 from iterative_ppo.q_requests import parse_q, parse_reward
 from iterative_ppo.q_scoring import Item, QScorer, Reading
 from iterative_ppo.q_server import Service, make_app
 from iterative_ppo.rendering import TokenIds
-from iterative_ppo.run_directory import find_q_function, settings_beside
 
 TOLERANCE = 1e-5
 CONFIG = Config(
