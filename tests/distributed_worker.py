@@ -150,7 +150,7 @@ def commands_of(folder: Path, out: Path) -> Results:
     shown: dict[str, Any] = {"console": Console(quiet=True), "progress": no_progress}
     read: dict[str, Any] = {"group": None, "bad_lines": "error"}
     return {
-        "collect": commands.run_collect(config, policy, log, **shown),
+        "collect": commands.run_collect(config, policy, log, ray=None, **shown),
         "fit": commands.run_fit(config, log, policy, out / "q", num_folds=2, **read, **shown),
         "improve": commands.run_improve(
             config, log, policy, str(out / "q/q_function"), out / "candidate", bad_lines="error", **shown
