@@ -2,9 +2,9 @@
 
     python benchmarks/_serve_q_clients.py PORT PATH NUM_CLIENTS BODIES
 
-BODIES has a request's body a line; client c of C sends those at lines c, c + C, c + 2C, ..., the next when the last is
-answered. For each line on standard input all is sent once, and one JSON object printed: seconds, and the answers in the
-order of the bodies. Standard library only, and as little of it as will do: the clients run on the server's cores.
+BODIES has a request's body a line. For each line on standard input, `START END`, those from START to END are sent: client c of
+C sends every C-th of them from the c-th, the next when the last is answered. One JSON object is printed: seconds, and the
+answers in the order of the bodies. Standard library only, and as little of it as will do: the clients run on the server's cores.
 """
 
 import asyncio
@@ -28,28 +28,30 @@ async def request(connection: Connection, message: bytes) -> bytes:
     return body
 
 
-async def client(connection: Connection, messages: list[bytes], places: range, answers: list[bytes]) -> None:
+async def client(connection: Connection, messages: list[bytes], places: range, answers: dict[int, bytes]) -> None:
     """Sends its share, one after the other."""
     for place in places:
         answers[place] = await request(connection, messages[place])
 
 
 async def main(port: int, path: str, num_clients: int, bodies: list[bytes]) -> None:
-    """Connects, and sends everything as often as it is told."""
+    """Connects, and sends what it is told."""
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\nContent-Length: "
     messages = [head.encode() + str(len(body)).encode() + b"\r\n\r\n" + body for body in bodies]
     connections = [await asyncio.open_connection("127.0.0.1", port) for _ in range(num_clients)]
-    while await asyncio.to_thread(sys.stdin.readline):
-        answers = [b""] * len(messages)
+    while told := await asyncio.to_thread(sys.stdin.readline):
+        start, end = map(int, told.split())
+        answers: dict[int, bytes] = {}
         started = time.perf_counter()
         await asyncio.gather(
             *(
-                client(connection, messages, range(c, len(messages), num_clients), answers)
+                client(connection, messages, range(start + c, end, num_clients), answers)
                 for c, connection in enumerate(connections)
             )
         )
         seconds = time.perf_counter() - started
-        print(json.dumps({"seconds": seconds, "answers": [json.loads(answer) for answer in answers]}), flush=True)
+        in_order = [json.loads(answers[place]) for place in range(start, end)]
+        print(json.dumps({"seconds": seconds, "answers": in_order}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 """Q as a service under load, against direct batched scoring of the same items.
 
 `ippo serve-q` runs in a process of its own; 64 clients in another send one item a request, as RLHF trainers do, each on a
-connection that it keeps, and the next when the last is answered. The other side is one call over all items in this process.
-The two alternate in each repetition; every answer is checked against the direct one, and the script stops at the first that
-is missing or differs.
+connection that it keeps, and the next when the last is answered. The other side is one call over all items in this process,
+in large micro-batches or in small ones, whichever is faster. The two alternate in each repetition, which has texts of its own
+(the server remembers tokens of texts that it has read); every answer is checked against the direct one, and the script stops
+at the first that is missing or differs.
 
     OMP_NUM_THREADS=1 python benchmarks/serve_q.py
-    OMP_NUM_THREADS=1 python benchmarks/serve_q.py --hidden-size 256 --num-layers 4 --items 512
+    OMP_NUM_THREADS=1 python benchmarks/serve_q.py --hidden-size 256 --num-layers 4 --items 256
     python benchmarks/serve_q.py --q runs/a/iteration-001/fit/q_function
 
 Prints a line for each way to ask, medians over the repetitions, and, last, one JSON object: `ratio` is items a second
 served, over items a second scored directly, of OpenRLHF's contract (`get_reward`, texts); `rows` hold all figures.
+`processor_ratio` is the processor time of direct scoring over that of the server's process, all of its threads.
 """
 
 import argparse
@@ -22,20 +24,24 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
-from iterative_ppo.config import Config, PolicyConfig
+from iterative_ppo.config import PolicyConfig, from_dict
 from iterative_ppo.policy import Policy
+from iterative_ppo.q_folder import settings_beside
 from iterative_ppo.q_function import QFunction, QFunctionCard
 from iterative_ppo.q_scoring import Item, QScorer
 
 WORDS = "i you we shoes trail light budget around eighty please think about the colour size blue red maybe later yes no"
 LARGEST_DIFFERENCE = 1e-5
+TOKENS_PER_BATCH = (4096, 1024)
 CLIENTS = Path(__file__).parent / "_serve_q_clients.py"
 
 
@@ -72,8 +78,21 @@ def bodies_of(way: str, texts: Sequence[tuple[str, str]], items: Sequence[Item])
     return [{"items": [{"prompt_ids": item.prompt, "response_ids": item.response}]} for item in items]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """Example: Server(pid=4711, port=8000)."""
+
+    pid: int
+    port: int
+
+    def processor_seconds(self) -> float:
+        """Of all its threads so far."""
+        times = psutil.Process(self.pid).cpu_times()
+        return float(times.user + times.system)
+
+
 @contextmanager
-def serving(folder: Path) -> Iterator[int]:
+def serving(folder: Path) -> Iterator[Server]:
     """`ippo serve-q` on a free port, stopped in the end."""
     command = [sys.executable, "-m", "iterative_ppo", "serve-q", str(folder), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -82,7 +101,7 @@ def serving(folder: Path) -> Iterator[int]:
     if not line.startswith("serving "):
         raise SystemExit(f"the server did not start: {line}")
     try:
-        yield int(line.rsplit(":", 1)[1])
+        yield Server(pid=process.pid, port=int(line.rsplit(":", 1)[1]))
     finally:
         process.terminate()
         process.communicate(timeout=60)
@@ -99,11 +118,11 @@ def clients_of(port: int, path: str, num_clients: int, bodies: Path) -> Iterator
         process.communicate(timeout=60)
 
 
-def served(clients: "subprocess.Popen[str]", expected: Sequence[float]) -> float:
-    """Seconds of all requests, once every answer is found to be right."""
+def served(clients: "subprocess.Popen[str]", start: int, expected: Sequence[float]) -> float:
+    """Seconds of the requests from `start`, once every answer is found to be right."""
     assert clients.stdin is not None
     assert clients.stdout is not None
-    print(file=clients.stdin, flush=True)
+    print(start, start + len(expected), file=clients.stdin, flush=True)
     done = json.loads(clients.stdout.readline())
     rewards = [reward for answer in done["answers"] for reward in answer["rewards"]]
     if len(rewards) != len(expected):
@@ -114,28 +133,61 @@ def served(clients: "subprocess.Popen[str]", expected: Sequence[float]) -> float
     return float(done["seconds"])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Direct:
+    """Example: Direct(tokens_per_batch=4096, rewards=[0.61, 0.4], seconds=2.1, processor_seconds=2.1)."""
+
+    tokens_per_batch: int
+    rewards: list[float]
+    seconds: float
+    processor_seconds: float
+
+
+def directly(scorer: QScorer, items: list[Item], tokens_per_batch: int) -> Direct:
+    """One call over all items, in micro-batches of four times so many padded tokens."""
+    started, processor_started = perf_counter(), process_time()
+    rewards = scorer.q_function.pessimistic_values(
+        [item.prompt for item in items],
+        [item.response for item in items],
+        pessimism=scorer.pessimism,
+        tokens_per_batch=tokens_per_batch,
+    ).tolist()
+    return Direct(
+        tokens_per_batch=tokens_per_batch,
+        rewards=rewards,
+        seconds=perf_counter() - started,
+        processor_seconds=process_time() - processor_started,
+    )
+
+
 def measure(
-    way: str, port: int, bodies: Path, scorer: QScorer, items: list[Item], num_clients: int, num_repetitions: int
+    way: str, server: Server, bodies: Path, scorer: QScorer, items: list[Item], num_clients: int, num_items: int
 ) -> dict[str, Any]:
-    """The figures of one way to ask."""
+    """The figures of one way to ask; each repetition has `num_items` items of its own."""
     path = {"get_reward": "/get_reward", "ids": "/v1/q"}[way]
     seconds: list[tuple[float, float]] = []
-    with clients_of(port, path, num_clients, bodies) as clients:
-        for repetition in range(num_repetitions + 1):
-            started = perf_counter()
-            expected = [reading.reward for reading in scorer.read(items)]
-            direct_seconds = perf_counter() - started
-            served_seconds = served(clients, expected)
-            if repetition > 0:  # the first warms up
-                seconds.append((direct_seconds, served_seconds))
+    processor_seconds: list[tuple[float, float]] = []
+    chosen: list[int] = []
+    with clients_of(server.port, path, num_clients, bodies) as clients:
+        for start in range(0, len(items), num_items):
+            own = items[start : start + num_items]
+            fastest = min((directly(scorer, own, tokens) for tokens in TOKENS_PER_BATCH), key=lambda done: done.seconds)
+            served_before = server.processor_seconds()
+            served_seconds = served(clients, start, fastest.rewards)
+            if start > 0:  # the first warms up
+                chosen.append(fastest.tokens_per_batch)
+                seconds.append((fastest.seconds, served_seconds))
+                processor_seconds.append((fastest.processor_seconds, server.processor_seconds() - served_before))
     ratios = [direct / through for direct, through in seconds]
     return {
         "way": way,
-        "direct_items_per_second": len(items) / statistics.median(direct for direct, _ in seconds),
-        "served_items_per_second": len(items) / statistics.median(through for _, through in seconds),
+        "direct_tokens_per_batch": sorted(chosen)[len(chosen) // 2],
+        "direct_items_per_second": num_items / statistics.median(direct for direct, _ in seconds),
+        "served_items_per_second": num_items / statistics.median(through for _, through in seconds),
         "ratio": statistics.median(ratios),
         "smallest_ratio": min(ratios),
         "largest_ratio": max(ratios),
+        "processor_ratio": statistics.median(direct / through for direct, through in processor_seconds),
     }
 
 
@@ -147,29 +199,29 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, nargs=2, default=[50, 400], metavar=("SHORTEST", "LONGEST"))
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--items", type=int, default=2048)
+    parser.add_argument("--items", type=int, default=1024)
     parser.add_argument("--repetitions", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.q or make_q_function(
             Path(scratch) / "q_function", arguments.hidden_size, arguments.num_layers
         )
-        scorer = QScorer.load(folder, Config())
-        texts = make_texts(arguments.items, *arguments.prompt_tokens, scorer)
+        scorer = QScorer.load(folder, from_dict(settings_beside(folder, folder)))
+        texts = make_texts(arguments.items * (arguments.repetitions + 1), *arguments.prompt_tokens, scorer)
         encode, response = scorer.renderer.encode, scorer.renderer.response
         items = [scorer.item(encode(prompt), response(answer)) for prompt, answer in texts]
         rows = []
-        with serving(folder) as port:
+        with serving(folder) as server:
             for way in ("ids", "get_reward"):
                 bodies = Path(scratch) / f"{way}.jsonl"
                 lines = (json.dumps(body) for body in bodies_of(way, texts, items))
                 bodies.write_text("\n".join(lines), encoding="utf-8")
-                row = measure(way, port, bodies, scorer, items, arguments.clients, arguments.repetitions)
+                row = measure(way, server, bodies, scorer, items, arguments.clients, arguments.items)
                 rows.append(row)
                 print(
                     f"{way}: {row['served_items_per_second']:.0f} items a second served, "
-                    f"{row['direct_items_per_second']:.0f} directly, ratio {row['ratio']:.2f} "
-                    f"({row['smallest_ratio']:.2f} - {row['largest_ratio']:.2f})",
+                    f"{row['direct_items_per_second']:.0f} directly (tokens_per_batch {row['direct_tokens_per_batch']}), ratio {row['ratio']:.2f} "
+                    f"({row['smallest_ratio']:.2f} - {row['largest_ratio']:.2f}), of processor time {row['processor_ratio']:.2f}",
                     flush=True,
                 )
     print(
@@ -178,7 +230,7 @@ def main() -> None:
                 "num_parameters": sum(p.numel() for p in scorer.q_function.model.parameters()),
                 "tokens_per_item": sum(item.num_tokens for item in items) / len(items),
                 "clients": arguments.clients,
-                "items": len(items),
+                "items": arguments.items,
                 "threads": torch.get_num_threads(),
                 "cores": os.cpu_count(),
                 "ratio": rows[-1]["ratio"],

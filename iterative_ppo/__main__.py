@@ -407,7 +407,7 @@ def chat(
 def serve_q(
     run: Path, host: str, port: int, config_path: Path | None, assignments: Sequence[str], as_json: bool
 ) -> None:
-    """Serve the Q-function of a run over HTTP: rewards for prompts and responses.
+    """Serve a Q-function over HTTP as a reward model.
 
     RUN is a run's folder (its newest Q-function), a stage's, or a Q-function's own. Settings are those of the run.
     With the environment variable IPPO_API_KEY, requests need it as their bearer token.

@@ -17,6 +17,7 @@ _Answer = TypeVar("_Answer")
 
 _WINDOW = 256
 """How many of the oldest items a batch is chosen from."""
+_PADDED_PER_COST = 1.15
 
 
 class QueueFullError(Exception):
@@ -68,7 +69,7 @@ class Batcher(Generic[_Item, _Answer]):
     Args:
         compute: gives the answers of a batch, in its order; called in one thread.
         cost: of an item.
-        max_batch_cost: what the items of a batch may cost together (a costlier item goes alone).
+        max_batch_cost: of a batch, each of its items counted as the costliest (a costlier item goes alone).
         max_queued_items: how many items may wait, those being computed not counted.
     """
 
@@ -145,12 +146,13 @@ class Batcher(Generic[_Item, _Answer]):
                     return batch
 
     def _fitting(self, oldest: list[_Waiting[_Item, _Answer]]) -> list[_Waiting[_Item, _Answer]]:
-        """The first item and as many as fit of those that are nearest to it in cost."""
+        """The first item, and of those that are nearest to it in cost as many as fit."""
         batch: list[_Waiting[_Item, _Answer]] = []
-        total_cost = 0
+        total = largest = 0
         for waiting in sorted(oldest, key=lambda waiting: abs(waiting.cost - oldest[0].cost)):
-            total_cost += waiting.cost
-            if batch and total_cost > self._max_batch_cost:
+            total, largest = total + waiting.cost, max(largest, waiting.cost)
+            padded = largest * (len(batch) + 1)
+            if batch and (padded > self._max_batch_cost or padded > _PADDED_PER_COST * total):
                 break
             batch.append(waiting)
         return batch

@@ -36,6 +36,14 @@ def test_what_a_token_takes_of_the_memory():
 
 
 @pytest.mark.slow
+def test_q_served_under_load():
+    result = last_line("serve_q", "--items", "24", "--clients", "8", "--repetitions", "1", "--hidden-size", "32")
+    assert [row["way"] for row in result["rows"]] == ["ids", "get_reward"]
+    assert result["ratio"] == result["rows"][-1]["ratio"] > 0
+    assert result["clients"] == 8
+
+
+@pytest.mark.slow
 def test_where_the_time_of_the_loop_goes():
     small = {
         "policy.scripted_conversations": 64,

@@ -28,11 +28,12 @@ from test_cli import run
 from iterative_ppo.config import Config, PolicyConfig, QFunctionConfig, to_toml
 from iterative_ppo.conversations import Message, chat_messages
 from iterative_ppo.http_guard import MAX_BODY_BYTES
+from iterative_ppo.policy import Policy
 from iterative_ppo.q_folder import find_q_function, settings_beside
 from iterative_ppo.q_function import QFunction, QFunctionCard
 from iterative_ppo.q_requests import parse_q, parse_reward
 from iterative_ppo.q_scoring import Item, QScorer, Reading
-from iterative_ppo.q_server import Service, make_app
+from iterative_ppo.q_server import Service, make_app, serve
 from iterative_ppo.rendering import TokenIds
 
 TOLERANCE = 1e-5
@@ -45,6 +46,7 @@ CHAT = [
     {"role": "assistant", "content": "We have light shoes."},
     {"role": "user", "content": "around 80, thank you"},
 ]
+CARD = QFunctionCard(link="logistic", gamma=0.9, target="monte_carlo", policy="week-11", metrics={})
 KEY = "sésame, ouvre-toi"
 
 
@@ -57,8 +59,7 @@ def save_q_function(folder: Path, *, num_heads: int = 3, seed: int = 0) -> Path:
     with torch.no_grad():
         q_function.heads.mul_(10)
     folder.mkdir(parents=True)
-    card = QFunctionCard(link="logistic", gamma=0.9, target="monte_carlo", policy="week-11", metrics={})
-    q_function.save(folder, card, policy.tokenizer)
+    q_function.save(folder, CARD, policy.tokenizer)
     return folder
 
 
@@ -562,7 +563,6 @@ def test_metrics_count_requests_batches_and_tokens(scorer: QScorer) -> None:
     assert 'ippo_q_requests_total{route="other",status="404"} 1.0' in lines
     assert 'ippo_q_request_seconds_count{route="/v1/q"} 2.0' in lines
     assert "ippo_q_batch_items_sum 5.0" in lines
-    assert "ippo_q_batch_items_count 1.0" in lines
     assert f"ippo_q_tokens_total {float(sum(item.num_tokens for item in items))}" in lines
     assert "ippo_q_queue_items 0.0" in lines
 
@@ -602,6 +602,47 @@ def test_settings_are_those_of_the_run_or_of_the_stage(tmp_path: Path) -> None:
     (stage / "manifest.json").write_text("[]")
     with pytest.raises(ValueError, match=r"manifest\.json: not a stage's manifest"):
         settings_beside(stage, q_function)
+
+
+def test_an_adapters_q_function_is_served_on_its_base(tmp_path: Path) -> None:
+    """From the frozen weights that its folder names, as in the improvement step."""
+    tiny.word_policy(seed=3).save(tmp_path / "base")
+    policy = Policy.load(tmp_path / "base", tiny.policy_config())
+    policy.model.requires_grad_(False)
+    q_function = QFunction.from_policy(
+        policy.model, link="logistic", num_heads=3, pad_id=policy.pad_id, lora_rank=4, seed=0
+    )
+    with torch.no_grad():
+        q_function.heads.mul_(10)
+        for name, parameter in q_function.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0), std=0.1)
+    (tmp_path / "q").mkdir()
+    q_function.save(tmp_path / "q", CARD, policy.tokenizer)
+    assert (tmp_path / "q/adapter_config.json").is_file()
+    loaded = QScorer.load(tmp_path / "q", CONFIG)
+    items = random_items(loaded, 10)
+    expected = q_function.pessimistic_values(
+        [item.prompt for item in items], [item.response for item in items], pessimism=0.5, tokens_per_batch=4096
+    )
+    np.testing.assert_allclose([reading.reward for reading in loaded.read(items)], expected, atol=TOLERANCE)
+
+
+def test_a_folder_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
+    folder = save_q_function(tmp_path / "q")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="the tokenizer cannot be loaded"):
+        QScorer.load(folder, CONFIG)
+    (folder / "heads.safetensors").unlink()
+    with pytest.raises(ValueError, match="Q-function cannot be loaded"):
+        QScorer.load(folder, CONFIG)
+
+
+def test_an_empty_key_is_no_key_and_not_no_lock(monkeypatch: pytest.MonkeyPatch, scorer: QScorer) -> None:
+    monkeypatch.setenv("IPPO_API_KEY", " ")
+    with pytest.raises(ValueError, match="IPPO_API_KEY: is set but empty"):
+        serve(Path("q"), lambda: scorer, host="127.0.0.1", port=0, say=print)
 
 
 # ---- the process ----
