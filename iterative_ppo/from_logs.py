@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
 from iterative_ppo import distributed
 from iterative_ppo.activation_checkpointing import keep_no_activations
-from iterative_ppo.adapters import is_frozen
+from iterative_ppo.adapters import base_of, is_frozen
 from iterative_ppo.config import Config, QFunctionConfig
 from iterative_ppo.conversation_log import read_conversations
 from iterative_ppo.conversations import (
@@ -25,12 +26,12 @@ from iterative_ppo.conversations import (
 )
 from iterative_ppo.improvement import backends
 from iterative_ppo.improvement.base import RewardFunction
-from iterative_ppo.policy import Policy
+from iterative_ppo.policy import Policy, context_limit
 from iterative_ppo.pretraining import clone_with_outcomes
 from iterative_ppo.q_fit import LabelledSequence, Predictions, fit_q_function, predict
 from iterative_ppo.q_function import QFunction, QFunctionCard, TokenValue
 from iterative_ppo.q_report import QReport, assess
-from iterative_ppo.rendering import TokenIds
+from iterative_ppo.rendering import Renderer, TokenIds
 from iterative_ppo.run_directory import to_json, write_json
 from iterative_ppo.supervised import FitHistory, Progress
 from iterative_ppo.turns_to_tokens import (
@@ -319,6 +320,34 @@ def load_policy(config: Config, source: str | Path) -> Policy:
 def load_q_function(folder: str | Path, policy: Policy) -> QFunction:
     """A Q-function from its folder, beside a policy and on its frozen weights where it was fitted on them."""
     return QFunction.load(folder, device=str(policy.device), backbone=policy.model)
+
+
+def load_q_and_renderer(folder: str | Path, config: Config) -> tuple[QFunction, Renderer]:
+    """A Q-function by itself, and the renderer of the policy that it evaluates, from the tokenizer in its folder.
+
+    The renderer has the policy's context and room for a response, so that prompts are cut as the policy's are. Frozen
+    weights below an adapter are in `compute.dtype`.
+
+    Raises:
+        ValueError: with one line where the folder holds no Q-function, or no tokenizer.
+    """
+    base = base_of(folder)
+    q_function = QFunction.load(
+        folder,
+        device=resolve_device(config.compute.device),
+        backbone=None if base is None else load_policy(config, base).model,
+    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder}: the tokenizer cannot be loaded: {reason}") from error
+    renderer = Renderer(
+        tokenizer,
+        context_tokens=context_limit(q_function.model, config.policy),
+        max_response_tokens=config.policy.max_response_tokens,
+    )
+    return q_function, renderer
 
 
 def require_equipment(config: Config) -> None:

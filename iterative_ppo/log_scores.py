@@ -7,14 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
-from iterative_ppo.adapters import base_of
 from iterative_ppo.config import Config
 from iterative_ppo.conversation_log import read_part, write_lines
 from iterative_ppo.conversations import Conversation
-from iterative_ppo.from_logs import load_policy, resolve_device
-from iterative_ppo.losses import lower_confidence
+from iterative_ppo.from_logs import load_q_and_renderer
 from iterative_ppo.q_function import QFunction
 from iterative_ppo.rendering import Renderer
 from iterative_ppo.supervised import Progress, no_progress
@@ -78,19 +75,7 @@ class LogScorer:
     @classmethod
     def load(cls, folder: str | Path, config: Config) -> "LogScorer":
         """Loads a Q-function's folder; ValueError with one line where it cannot be."""
-        q_function = _load_q_function(folder, config)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{folder}: the Q-function's tokenizer cannot be loaded: {reason}") from error
-        context_tokens = config.policy.context_tokens
-        limit = getattr(q_function.model.config.get_text_config(), "max_position_embeddings", None) or context_tokens
-        renderer = Renderer(
-            tokenizer,
-            context_tokens=min(context_tokens, limit),
-            max_response_tokens=config.policy.max_response_tokens,
-        )
+        q_function, renderer = load_q_and_renderer(folder, config)
         return cls(
             q_function,
             renderer,
@@ -111,7 +96,7 @@ class LogScorer:
         members = self.q_function.read_members(rows, positions, tokens_per_batch=self.tokens_per_batch)
         scalar_N2M = torch.cat(members).double().unflatten(0, (-1, 2))
         value_N2 = self.q_function.to_value(scalar_N2M.mean(-1))
-        reward_N = lower_confidence(self.q_function.to_value(scalar_N2M[:, 1]), pessimism=self.pessimism)
+        reward_N = self.q_function.pessimistic_value(scalar_N2M[:, 1], pessimism=self.pessimism)
         return [
             PointScore(conversation_id=name, turn=turn, q_value=q_value, state_value=state_value, reward=reward)
             for (name, turn), (state_value, q_value), reward in zip(
@@ -158,13 +143,3 @@ def write_scores(path: str | os.PathLike[str], scores: Iterable[PointScore]) -> 
 
     write_lines(path, lines())
     return totals
-
-
-def _load_q_function(folder: str | Path, config: Config) -> QFunction:
-    """A Q-function by itself; frozen weights below an adapter are in `compute.dtype`."""
-    base = base_of(folder)
-    return QFunction.load(
-        folder,
-        device=resolve_device(config.compute.device),
-        backbone=None if base is None else load_policy(config, base).model,
-    )

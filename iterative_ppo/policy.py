@@ -229,8 +229,7 @@ class Policy:
     ) -> list[TokenIds]:
         """One complete response a prompt, end-of-response token included even where the cap cut it: what is sent."""
         sampled = self.sample(prompts, uniforms_BT, progress=progress, what=what)
-        end_id = self.renderer.end_id
-        return [tokens if tokens[-1] == end_id else (*tokens, end_id) for tokens in sampled.token_ids]
+        return [self.renderer.ended(tokens) for tokens in sampled.token_ids]
 
     def sample(
         self,

@@ -4,12 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
-from iterative_ppo.adapters import base_of
 from iterative_ppo.config import Config
-from iterative_ppo.from_logs import load_policy, resolve_device
-from iterative_ppo.policy import context_limit
+from iterative_ppo.from_logs import load_q_and_renderer
 from iterative_ppo.q_function import QFunction, QFunctionCard, load_card
 from iterative_ppo.rendering import Renderer, TokenIds
 
@@ -76,21 +72,7 @@ class QScorer:
     def load(cls, folder: Path, config: Config) -> "QScorer":
         """Loads a Q-function's folder; ValueError with one line where it cannot be."""
         card = load_card(folder)
-        base = base_of(folder)
-        q_function = QFunction.load(
-            folder,
-            device=resolve_device(config.compute.device),
-            backbone=None if base is None else load_policy(config, base).model,
-        )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
-        renderer = Renderer(
-            tokenizer,
-            context_tokens=context_limit(q_function.model, config.policy),
-            max_response_tokens=config.policy.max_response_tokens,
-        )
+        q_function, renderer = load_q_and_renderer(folder, config)
         return cls(
             q_function,
             card,
@@ -107,8 +89,7 @@ class QScorer:
         """
         if not prompt:
             raise ValueError("the prompt holds no token")
-        if not response or response[-1] != self.renderer.end_id:
-            response = (*response, self.renderer.end_id)
+        response = self.renderer.ended(response)
         room = self.renderer.context_tokens - len(response)
         if room < 1:
             raise ValueError(

@@ -177,6 +177,10 @@ class Renderer:
         """A response as tokens, with its end-of-response token. The empty response (abstaining) is that token alone."""
         return (*self.encode(self._without_marks(text)), self.end_id)
 
+    def ended(self, response: TokenIds) -> TokenIds:
+        """A response as it is sent: with its end-of-response token, which one that a cap cut does not have."""
+        return response if response[-1:] == (self.end_id,) else (*response, self.end_id)
+
     def response_text(self, token_ids: TokenIds) -> str:
         """The text that the customer sees."""
         if token_ids and token_ids[-1] == self.end_id:

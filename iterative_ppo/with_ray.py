@@ -23,7 +23,7 @@ from iterative_ppo.config import Config, EnvironmentConfig
 from iterative_ppo.conversation_log import read_part
 from iterative_ppo.conversations import Conversation
 from iterative_ppo.environments import TextEnvironment, make_environment
-from iterative_ppo.environments.rollout import RolloutStatistics, finish, start_talk
+from iterative_ppo.environments.rollout import RolloutStatistics, play
 from iterative_ppo.from_logs import load_policy
 from iterative_ppo.log_scores import LogScorer, PointScore, pieces, whole
 from iterative_ppo.policy import Policy
@@ -112,7 +112,7 @@ def collect(
         num_done = 0
         try:
             for block in _in_order(workers, todo):
-                _add(statistics, block.statistics)
+                statistics.add(block.statistics)
                 num_done += len(block.conversations)
                 progress(f"collect {name}", num_done, config.iterations.conversations)
                 yield from block.conversations
@@ -181,17 +181,20 @@ class _Player:
 
     def play(self, indices: range) -> _Block:
         """The conversations with these indices, in lock-step."""
-        environment, max_turns = self.config.environment, self.config.environment.max_turns
+        environment = self.config.environment
         while len(self.environments) < len(indices):
             self.environments.append(make_environment(environment.entry_point, environment.arguments))
-        talks = [
-            start_talk(own, name=f"{self.name}-{index:06d}", seed=self.config.seed, index=index)
-            for own, index in zip(self.environments, indices, strict=False)
-        ]
         statistics = RolloutStatistics()
-        finish(self.policy, talks, max_turns=max_turns, statistics=statistics)
-        conversations = tuple(talk.conversation(self.name) for talk in talks)
-        return _Block(conversations=conversations, statistics=statistics)
+        conversations = play(
+            self.policy,
+            self.environments,
+            indices,
+            name=self.name,
+            seed=self.config.seed,
+            max_turns=self.config.environment.max_turns,
+            statistics=statistics,
+        )
+        return _Block(conversations=tuple(conversations), statistics=statistics)
 
 
 class _SpanScorer:
@@ -252,12 +255,6 @@ def _as_raised() -> Iterator[None]:
 def _needs_folder(environment: EnvironmentConfig) -> bool:
     """Whether a module of the user's is named, in an argument perhaps, as `suggested_response` takes one."""
     return any(":" in str(value) for value in (environment.entry_point, *environment.arguments.values()))
-
-
-def _add(total: RolloutStatistics, part: RolloutStatistics) -> None:
-    total.num_turns += part.num_turns
-    total.num_encoded_tokens += part.num_encoded_tokens
-    total.num_dropped_messages += part.num_dropped_messages
 
 
 def _spans(log: range) -> list[range]:

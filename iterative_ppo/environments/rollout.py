@@ -155,17 +155,34 @@ def collect(
         own = distributed.part_of(indices)
         while len(environments) < len(own):
             environments.append(make_environment())
-        talks = [
-            start_talk(environment, name=f"{name}-{index:06d}", seed=seed, index=index)
-            for environment, index in zip(environments, own, strict=False)
-        ]
         counts = RolloutStatistics()
         with gathered(policy.model):
-            finish(policy, talks, max_turns=max_turns, statistics=counts)
+            conversations = play(
+                policy, environments, own, name=name, seed=seed, max_turns=max_turns, statistics=counts
+            )
         if statistics is not None:
             statistics.add(counts)
         progress(f"collect {name}", indices.stop, num_conversations)
-        yield from _in_order(own, [talk.conversation(name) for talk in talks])
+        yield from _in_order(own, conversations)
+
+
+def play(
+    policy: Policy,
+    environments: Sequence[TextEnvironment],
+    indices: range,
+    *,
+    name: str,
+    seed: int,
+    max_turns: int,
+    statistics: RolloutStatistics,
+) -> list[Conversation]:
+    """The conversations with these indices of a collection, in lock-step, each in an environment of its own."""
+    talks = [
+        start_talk(environment, name=f"{name}-{index:06d}", seed=seed, index=index)
+        for environment, index in zip(environments, indices, strict=False)
+    ]
+    finish(policy, talks, max_turns=max_turns, statistics=statistics)
+    return [talk.conversation(name) for talk in talks]
 
 
 def collect_scripted(

@@ -20,7 +20,9 @@ from iterative_ppo.improvement.base import Improvement, RewardFunction, UpdateMe
 from iterative_ppo.improvement.responses import (
     Responses,
     collapse,
+    fresh_responses,
     num_responses_for_kl,
+    paced_kl_coefficient,
     prompt_batches,
     sample_responses,
     shuffled,
@@ -85,10 +87,9 @@ def improve(
 
     def fresh(num_responses: int) -> Responses:
         """Responses of the candidate as it is, that decide no gradient."""
-        asked: list[TokenIds] = []
-        while len(asked) < num_responses:
-            asked += next(batches)
-        return sample_responses(candidate, policy, asked, generator=generator, tokens_per_batch=tokens_per_batch)
+        return fresh_responses(
+            candidate, policy, batches, num_responses, generator=generator, tokens_per_batch=tokens_per_batch
+        )
 
     good_weights = trained_weights(candidate.model)
     updates: list[UpdateMetrics] = []
@@ -112,7 +113,7 @@ def improve(
         else:
             good_weights = trained_weights(candidate.model)
             if config.adaptive_kl and updates:
-                learner.adapt_kl_coefficient(rollout.kl, len(updates))
+                learner.kl_coefficient = paced_kl_coefficient(learner.kl_coefficient, rollout.kl, len(updates), config)
             updates.append(learner.update(rollout, len(updates), generator))
             if on_update:
                 on_update(updates[-1], candidate)
@@ -141,9 +142,9 @@ def sample_rollout(
     be sent and read by everyone after.
     """
     sampled = sample_responses(policy, anchor, prompts, generator=generator, tokens_per_batch=tokens_per_batch)
-    end_id = policy.renderer.end_id
-    ended = [tokens if tokens[-1] == end_id else (*tokens, end_id) for tokens in sampled.responses]
-    reward_B = reward(prompts, ended).float().to(policy.device)
+    reward_B = (
+        reward(prompts, [policy.renderer.ended(tokens) for tokens in sampled.responses]).float().to(policy.device)
+    )
     if not torch.isfinite(reward_B).all():
         raise ValueError("the reward function returned a value that is not finite")
     return Rollout(
@@ -181,11 +182,6 @@ class _Learner:
                     weight_decay=0.0,
                 )
         self.trains_value = bool(self.value_parameters) and config.token_value_learning_rate > 0
-
-    def adapt_kl_coefficient(self, kl: float, num_updates: int) -> None:
-        """Brings the KL closer to that of a steady drift of the parameters: it grows with the square of the way."""
-        pace = self.config.kl_target * (num_updates / self.config.num_updates) ** 2
-        self.kl_coefficient = losses.adapted_kl_coefficient(self.kl_coefficient, kl, kl_target=pace)
 
     def update(self, rollout: Rollout, update: int, generator: np.random.Generator) -> UpdateMetrics:
         """Gradient passes over one rollout."""

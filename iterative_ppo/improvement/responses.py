@@ -87,6 +87,28 @@ def num_responses_for_kl(config: ImprovementConfig) -> int:
     )
 
 
+def fresh_responses(
+    policy: Policy,
+    anchor: Policy,
+    batches: Iterator[list[TokenIds]],
+    num_responses: int,
+    *,
+    generator: np.random.Generator,
+    tokens_per_batch: int,
+) -> Responses:
+    """Responses of a policy as it is, that decide no gradient: to whole batches of prompts, `num_responses` at least."""
+    asked: list[TokenIds] = []
+    while len(asked) < num_responses:
+        asked += next(batches)
+    return sample_responses(policy, anchor, asked, generator=generator, tokens_per_batch=tokens_per_batch)
+
+
+def paced_kl_coefficient(kl_coefficient: float, kl: float, num_updates: int, config: ImprovementConfig) -> float:
+    """Beta that brings the KL closer to that of a steady drift of the parameters: it grows with the square of the way."""
+    pace = config.kl_target * (num_updates / config.num_updates) ** 2
+    return losses.adapted_kl_coefficient(kl_coefficient, kl, kl_target=pace)
+
+
 def step_back(policy: Policy, good_weights: dict[str, Tensor], is_good: Callable[[], bool]) -> None:
     """Goes back along the last update until the policy is good again: half of it, a quarter, ..., none."""
     far_weights = trained_weights(policy.model)

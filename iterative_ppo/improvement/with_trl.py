@@ -32,15 +32,16 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from iterative_ppo import adapters, losses
+from iterative_ppo import adapters
 from iterative_ppo.config import ImprovementConfig
 from iterative_ppo.improvement.base import Improvement, RewardFunction, UpdateMetrics
 from iterative_ppo.improvement.responses import (
     Responses,
     collapse,
+    fresh_responses,
     num_responses_for_kl,
+    paced_kl_coefficient,
     prompt_batches,
-    sample_responses,
     step_back,
 )
 from iterative_ppo.policy import Policy
@@ -192,12 +193,11 @@ def _reward_function(
     policy: Policy, all_prompts: Sequence[TokenIds], reward: RewardFunction
 ) -> Callable[..., list[float]]:
     """The reward as TRL calls it: with the prompts' numbers and the responses' tokens."""
-    end_id = policy.renderer.end_id
 
     def reward_of_responses(
         prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: object
     ) -> list[float]:
-        ended = [tuple(ids) if ids[-1] == end_id else (*ids, end_id) for ids in completion_ids]
+        ended = [policy.renderer.ended(tuple(ids)) for ids in completion_ids]
         reward_B = reward([all_prompts[int(number)] for number in prompts], ended)
         if not torch.isfinite(reward_B).all():  # TRL would leave these responses out and go on
             raise ValueError("the reward function returned a value that is not finite")
@@ -278,28 +278,24 @@ class _Watch(TrainerCallback):
         else:
             self.good_weights = trained_weights(self.candidate.model)
             if self.config.adaptive_kl:
-                self._adapt_kl_coefficient()
+                self.trainer.beta = paced_kl_coefficient(
+                    self.trainer.beta, self.responses.kl, len(self.updates), self.config
+                )
         last, done, total = self.updates[-1], len(self.updates), self.config.num_updates
         self.progress(f"improve (reward {last.reward_mean:.3f}, KL {self.responses.kl:.3f})", done, total)
         return self.stop_reason != "updates"
 
-    def _adapt_kl_coefficient(self) -> None:
-        pace = self.config.kl_target * (len(self.updates) / self.config.num_updates) ** 2
-        self.trainer.beta = losses.adapted_kl_coefficient(self.trainer.beta, self.responses.kl, kl_target=pace)
-
     def _fresh(self) -> Responses:
-        asked: list[TokenIds] = []
-        while len(asked) < num_responses_for_kl(self.config):
-            asked += next(self.batches)
-        return sample_responses(
-            self.candidate, self.anchor, asked, generator=self.generator, tokens_per_batch=self.tokens_per_batch
+        return fresh_responses(
+            self.candidate,
+            self.anchor,
+            self.batches,
+            num_responses_for_kl(self.config),
+            generator=self.generator,
+            tokens_per_batch=self.tokens_per_batch,
         )
 
 
 def _trained_weights(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
     """The weights that TRL trains, under the names that they have in the policy."""
-    return {
-        name.removeprefix(_PEFT_PREFIX): parameter.detach().clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    return {name.removeprefix(_PEFT_PREFIX): weight for name, weight in trained_weights(model).items()}
