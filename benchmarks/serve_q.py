@@ -41,7 +41,7 @@ from iterative_ppo.q_scoring import Item, QScorer
 
 WORDS = "i you we shoes trail light budget around eighty please think about the colour size blue red maybe later yes no"
 LARGEST_DIFFERENCE = 1e-5
-TOKENS_PER_BATCH = (4096, 1024)
+TOKENS_PER_BATCH = (16384, 4096)
 CLIENTS = Path(__file__).parent / "_serve_q_clients.py"
 
 
@@ -144,7 +144,7 @@ class Direct:
 
 
 def directly(scorer: QScorer, items: list[Item], tokens_per_batch: int) -> Direct:
-    """One call over all items, in micro-batches of four times so many padded tokens."""
+    """One call over all items, in micro-batches of so many padded tokens."""
     started, processor_started = perf_counter(), process_time()
     rewards = scorer.q_function.pessimistic_values(
         [item.prompt for item in items],

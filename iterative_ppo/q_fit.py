@@ -399,7 +399,7 @@ def _ridge_heads(
     moment_DM = torch.zeros(size, num_heads, dtype=torch.float64)
     num_positions = 0.0
     with gathered(q_function):
-        for batch in own_micro_batches([len(s.token_ids) for s in sequences], tokens_per_batch=4 * tokens_per_batch):
+        for batch in own_micro_batches([len(s.token_ids) for s in sequences], tokens_per_batch=tokens_per_batch):
             chosen = [sequences[b] for b in batch]
             token_BT, _ = pad_right([sequence.token_ids for sequence in chosen])
             weighted = [_token_weights(sequence, sequence.returns, ends_only=False) for sequence in chosen]

@@ -199,7 +199,7 @@ class QFunction(nn.Module):
         scalar_BM = torch.zeros(len(prompts), self.heads.shape[0])
         with sharding.gathered(self.model):
             for rows, batch in tree_batches(
-                prompts, responses, tokens_per_batch=4 * tokens_per_batch, share=takes_trees(self.model)
+                prompts, responses, tokens_per_batch=tokens_per_batch, share=takes_trees(self.model)
             ):
                 scalar_BM[rows] = (batch.end(self.hidden_of_trees(batch)) @ self.heads.T).cpu()
         return distributed.add_up(scalar_BM)  # each row is 0 but in one process
@@ -237,7 +237,7 @@ class QFunction(nn.Module):
         """The same of every ensemble member: for each row [P, M] on the CPU, P positions."""
         read: dict[int, Tensor] = {}
         with sharding.gathered(self.model):
-            for batch in own_micro_batches([len(row) for row in rows], tokens_per_batch=4 * tokens_per_batch):
+            for batch in own_micro_batches([len(row) for row in rows], tokens_per_batch=tokens_per_batch):
                 token_BT, _ = pad_right([rows[b] for b in batch])
                 scalar_BTM = self(token_BT).cpu()
                 for b, row in enumerate(batch):

@@ -229,7 +229,7 @@ def mean_loss(
     model.eval()
     total_loss, total_weight = 0.0, 0.0
     with gathered(model):
-        for batch in own_micro_batches([lengths[row] for row in rows], tokens_per_batch=4 * tokens_per_batch):
+        for batch in own_micro_batches([lengths[row] for row in rows], tokens_per_batch=tokens_per_batch):
             loss, weight = loss_sum_and_weight([rows[i] for i in batch])
             total_loss += float(loss)
             total_weight += float(weight)

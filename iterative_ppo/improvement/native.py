@@ -203,7 +203,7 @@ class _Learner:
                 self._policy_step(rollout, advantage_BT, scale, rows, stats)
                 if self.trains_value:
                     known = first_values if pass_ == 0 and _have_graphs(first_values) else None
-                    values = known or self._token_values(rollout, rows, tokens_per_batch=self.tokens_per_batch)
+                    values = known or self._token_values(rollout, rows)
                     self._value_step(values, rollout, baseline.return_BT, rows)
             stats = stats.added_up()
             num_passes += 1
@@ -252,9 +252,9 @@ class _Learner:
             and num_tokens <= self.tokens_per_batch
             and not has_shards(self.value_parameters)
         ):
-            return list(self._token_values(rollout, rows, tokens_per_batch=self.tokens_per_batch))
+            return list(self._token_values(rollout, rows))
         with torch.no_grad(), gathered(self.token_value):
-            return list(self._token_values(rollout, rows, tokens_per_batch=4 * self.tokens_per_batch))
+            return list(self._token_values(rollout, rows))
 
     def _baseline(self, rollout: Rollout, values: Sequence[tuple[list[int], Tensor]]) -> _Baseline:
         config = self.config
@@ -282,16 +282,14 @@ class _Learner:
             advantage_BT=advantage_B[:, None] * rollout.mask_BT, return_BT=zeros_BT, token_value_BT=zeros_BT
         )
 
-    def _token_values(
-        self, rollout: Rollout, rows: Sequence[int], *, tokens_per_batch: int
-    ) -> Iterator[tuple[list[int], Tensor]]:
+    def _token_values(self, rollout: Rollout, rows: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
         """Value of the prefix before each response token, in micro-batches: their rows, and [rows, T], 0 at padding."""
         assert self.token_value is not None
         prompts, responses = rollout.select(rows)
         for places, batch in tree_batches(
             prompts,
             responses,
-            tokens_per_batch=tokens_per_batch,
+            tokens_per_batch=self.tokens_per_batch,
             share=takes_trees(self.token_value),
             in_step=torch.is_grad_enabled() and has_shards(self.value_parameters),
         ):

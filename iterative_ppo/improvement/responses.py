@@ -65,12 +65,12 @@ def sample_responses(
     sampled = policy.sample(prompts, uniforms_BT)
     _, mask_BT = pad_right(sampled.token_ids)
     width = mask_BT.shape[1]
-    anchor_logprobs = anchor.logprobs(prompts, sampled.token_ids, tokens_per_batch=4 * tokens_per_batch)
+    anchor_logprobs = anchor.logprobs(prompts, sampled.token_ids, tokens_per_batch=tokens_per_batch)
     if policy.is_float32:
         logprobs: Sequence[Sequence[float]] = sampled.token_logprobs
     else:
         # Rounded differently where tokens come one by one: that difference must not be taken for a KL.
-        logprobs = policy.logprobs(prompts, sampled.token_ids, tokens_per_batch=4 * tokens_per_batch)
+        logprobs = policy.logprobs(prompts, sampled.token_ids, tokens_per_batch=tokens_per_batch)
     return Responses(
         prompts=tuple(prompts),
         responses=sampled.token_ids,
