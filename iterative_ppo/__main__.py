@@ -1,6 +1,5 @@
 """The command line `ippo`. Imports lazily: `ippo --help` and a mistake in a configuration load no torch."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from iterative_ppo import __version__
 from iterative_ppo import config as config_module
 from iterative_ppo.config import Config, ConfigError
+from iterative_ppo.extras import require_extra
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _FILE = click.Path(path_type=Path)
@@ -163,6 +163,8 @@ def collect(
 ) -> None:
     """Write conversations of a policy with the environment (iterations.conversations of them)."""
     config = _configuration(config_path, assignments)
+    if ray is not None:
+        require_extra("ray", needed_by="--ray")
     from iterative_ppo import commands, distributed
 
     with distributed.processes(), _progress() as progress:
@@ -188,6 +190,8 @@ def score(
     """Write Q, the state's value and the reward of every decision point of a log."""
     config = _configuration(config_path, assignments)
     _require_readable(logs)
+    if ray is not None:
+        require_extra("ray", needed_by="--ray")
     from iterative_ppo import commands
 
     with _progress() as progress:
@@ -412,7 +416,7 @@ def serve_q(
     RUN is a run's folder (its newest Q-function), a stage's, or a Q-function's own. Settings are those of the run.
     With the environment variable IPPO_API_KEY, requests need it as their bearer token.
     """
-    _require_installed("serve-q", "serve", "fastapi", "uvicorn", "prometheus_client")
+    require_extra("serve", needed_by="serve-q")
     from iterative_ppo import q_folder
 
     folder = q_folder.find_q_function(run)
@@ -483,12 +487,6 @@ def _configured(tables: Mapping[str, Any], assignments: Sequence[str]) -> Config
     for assignment in assignments:
         tables = config_module.with_setting(tables, assignment)
     return config_module.from_dict(tables)
-
-
-def _require_installed(command: str, extra: str, *modules: str) -> None:
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            raise ValueError(f'{command}: {module} is not installed: pip install -c constraints.txt -e ".[{extra}]"')
 
 
 def _require_readable(logs: Path) -> None:

@@ -16,6 +16,7 @@ LAYERS: list[dict[str, str]] = [
     {  # 0: concepts
         "config": "",
         "entry_points": "",
+        "extras": "",
         "q_folder": "config",
         "conversations": "",
         "conversation_checks": "conversations",
@@ -44,7 +45,7 @@ LAYERS: list[dict[str, str]] = [
         "text_baseline": "conversations",
     },
     {  # 2: one half of an iteration each
-        "improvement": "adapters batching config distributed losses policy rendering shared_prefix sharding supervised",
+        "improvement": "adapters batching config distributed extras losses policy rendering shared_prefix sharding supervised",
         "environments": "conversations distributed entry_points policy sharding supervised",
     },
     {  # 3: turns meet tokens; may import all of the layers below, and of this one what is named
@@ -217,7 +218,7 @@ def test_there_is_no_circle():
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "conversations", "conversation_log", "log_summary", "returns", "intervals", "tables"]
+    "module", ["config", "extras", "conversations", "conversation_log", "log_summary", "returns", "intervals", "tables"]
 )
 def test_what_needs_no_torch_imports_none(module: str):
     """Directly or through others: reading a log or a configuration must not take seconds."""

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -188,8 +189,8 @@ def test_what_trl_does_not_have_is_named():
 
 
 def test_a_backend_that_is_not_installed_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r'pip install -c constraints.txt -e "\.\[trl\]"'):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(ValueError, match=r"^improvement\.backend: trl is not installed; .*\[trl\]"):
         backends.require_backend(config())
 
 
