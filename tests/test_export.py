@@ -215,7 +215,7 @@ def step_run(log: Path, out: Path, **tables: Mapping[str, Any]) -> None:
     """A run of `ippo step` in this process, whose models may be patched."""
     from rich.console import Console
 
-    from iterative_ppo import commands
+    from iterative_ppo.commands import loop
 
     config = config_module.from_dict(
         {
@@ -224,7 +224,7 @@ def step_run(log: Path, out: Path, **tables: Mapping[str, Any]) -> None:
             **tables,
         }
     )
-    commands.run_step(
+    loop.run_step(
         config,
         log,
         out,

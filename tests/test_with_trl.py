@@ -16,9 +16,10 @@ from test_cli import SHOP
 from test_improvement import PROMPTS, config_of, mean_reward_and_kl, says_a
 from torch import Tensor
 
-from iterative_ppo import commands, conformance
 from iterative_ppo import config as config_module
+from iterative_ppo import conformance
 from iterative_ppo import policy as policy_module
+from iterative_ppo.commands import loop
 from iterative_ppo.config import ConfigError, ImprovementConfig
 from iterative_ppo.improvement import backends
 from iterative_ppo.improvement.base import Improvement, RewardFunction
@@ -214,7 +215,7 @@ def test_the_loop_runs_on_trl_and_its_outcome_rate_rises(tmp_path: Path, monkeyp
         "evaluation": {"conversations": 400},
         "improvement": {"backend": "trl", "algorithm": "rloo", "prompts_per_update": 128, "kl_target": 1.0},
     }
-    result = commands.run_iterate(
+    result = loop.run_iterate(
         config_module.from_dict(tables),
         tmp_path / "run",
         resume=False,
