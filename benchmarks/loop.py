@@ -23,7 +23,7 @@ from flop_bound import flop_per_second
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from iterative_ppo import config as config_module
-from iterative_ppo.commands import environment_maker
+from iterative_ppo.commands.arguments import environment_maker
 from iterative_ppo.config import Config
 from iterative_ppo.policy_iteration import iterate
 from iterative_ppo.run_directory import RunDirectory, Stage

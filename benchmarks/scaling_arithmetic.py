@@ -171,6 +171,7 @@ SHAPES = (
     Shape(name="70B", layers=80, width=8192, heads=64, kv_heads=8, head_width=128, feed_forward=28672, tied=False),
 )
 SIZES = (10_000, 1_000_000, 100_000_000)
+STAGES = ("collect", "fit", "improve", "improve all", "evaluate")
 
 
 def forward_flop(shape: Shape, assumed: Assumptions, *, tokens: float, predicted: float) -> float:
@@ -464,16 +465,14 @@ def stage_rows(assumed: Assumptions) -> list[dict[str, float | str]]:
 
 def flop_table(rows: Sequence[dict[str, float | str]]) -> str:
     """Floating-point operations of the stages."""
-    names = ["collect", "fit", "improve", "improve all", "evaluate"]
-    head = ["policy", "conversations", *(f"{name}, PFLOP" for name in names)]
-    return table(head, [[*_tier(row), *(figure(float(row[f"{name} flop"]) / 1e15) for name in names)] for row in rows])
+    head = ["policy", "conversations", *(f"{name}, PFLOP" for name in STAGES)]
+    return table(head, [[*_tier(row), *(figure(float(row[f"{name} flop"]) / 1e15) for name in STAGES)] for row in rows])
 
 
 def hours_table(rows: Sequence[dict[str, float | str]], assumed: Assumptions) -> str:
     """GPU-hours of the stages, bytes, and which stage takes longest."""
-    names = ["collect", "fit", "improve", "improve all", "evaluate"]
     head = [
-        "policy", "conversations", "log, GB", "in memory, GB", *names, f"hours on {assumed.gpus} GPUs", "longest",
+        "policy", "conversations", "log, GB", "in memory, GB", *STAGES, f"hours on {assumed.gpus} GPUs", "longest",
     ]  # fmt: skip
     return table(
         head,
@@ -482,7 +481,7 @@ def hours_table(rows: Sequence[dict[str, float | str]], assumed: Assumptions) ->
                 *_tier(row),
                 figure(float(row["log_bytes"]) / 1e9),
                 figure(float(row["host_bytes"]) / 1e9),
-                *(figure(float(row[name])) for name in names),
+                *(figure(float(row[name])) for name in STAGES),
                 figure(float(row["hours"])),
                 str(row["bottleneck"]),
             ]

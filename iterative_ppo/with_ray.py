@@ -17,7 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import ray
+import ray.data
 import torch
+from ray.exceptions import RayError, RayTaskError
 
 from iterative_ppo.config import Config, EnvironmentConfig
 from iterative_ppo.conversation_log import read_part
@@ -28,14 +32,6 @@ from iterative_ppo.from_logs import load_policy
 from iterative_ppo.log_scores import LogScorer, PointScore, pieces, whole
 from iterative_ppo.policy import Policy
 from iterative_ppo.supervised import Progress, no_progress
-
-try:
-    import pyarrow
-    import ray
-    import ray.data
-    from ray.exceptions import RayError, RayTaskError
-except ImportError as error:
-    raise ValueError(f'--ray: {error}: pip install -c constraints.txt -e ".[ray]"') from error
 
 _LOCAL = "local"
 _NUM_RETRIES = 3

@@ -14,8 +14,9 @@ from test_q_function import by_response, make_logs
 from test_rollout import Game
 from torch.distributed.tensor import DTensor
 
-from iterative_ppo import commands, distributed
 from iterative_ppo import config as config_module
+from iterative_ppo import distributed
+from iterative_ppo.commands import loop, single_stages
 from iterative_ppo.config import QFunctionConfig
 from iterative_ppo.conversation_log import conversation_to_dict
 from iterative_ppo.environments.rollout import RolloutStatistics, collect, collect_scripted
@@ -150,13 +151,13 @@ def commands_of(folder: Path, out: Path) -> Results:
     shown: dict[str, Any] = {"console": Console(quiet=True), "progress": no_progress}
     read: dict[str, Any] = {"group": None, "bad_lines": "error"}
     return {
-        "collect": commands.run_collect(config, policy, log, ray=None, **shown),
-        "fit": commands.run_fit(config, log, policy, out / "q", num_folds=2, **read, **shown),
-        "improve": commands.run_improve(
+        "collect": single_stages.run_collect(config, policy, log, ray=None, **shown),
+        "fit": single_stages.run_fit(config, log, policy, out / "q", num_folds=2, **read, **shown),
+        "improve": single_stages.run_improve(
             config, log, policy, str(out / "q/q_function"), out / "candidate", bad_lines="error", **shown
         ),
-        "evaluate": commands.run_evaluate(config, policy, str(out / "candidate"), **shown),
-        "step": commands.run_step(config, log, out / "step", num_folds=0, resume=False, **read, **shown),
+        "evaluate": single_stages.run_evaluate(config, policy, str(out / "candidate"), **shown),
+        "step": loop.run_step(config, log, out / "step", num_folds=0, resume=False, **read, **shown),
     }
 
 

@@ -13,9 +13,10 @@ from rich.console import Console
 from test_improvement import PROMPTS, LetterValue, config_of, says_a
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from iterative_ppo import adapters, commands
+from iterative_ppo import adapters
 from iterative_ppo import config as config_module
 from iterative_ppo import policy as policy_module
+from iterative_ppo.commands import exchange, loop
 from iterative_ppo.improvement.native import _Learner, improve, sample_rollout
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_function import QFunction, QFunctionCard
@@ -212,7 +213,7 @@ def test_a_step_from_logs_through_adapters(base: Path, tmp_path: Path):
         }
     )
     console, quiet = Console(quiet=True), lambda *_: None
-    result = commands.run_step(
+    result = loop.run_step(
         config,
         log,
         tmp_path / "run",
@@ -228,8 +229,8 @@ def test_a_step_from_logs_through_adapters(base: Path, tmp_path: Path):
         assert adapters.base_of(tmp_path / "run" / folder) == str(base.resolve())
     assert logprobs(load(tmp_path / "run/start/policy")) == logprobs(load(base)), "the start policy is the base model"
 
-    commands.run_merge(config, tmp_path / "run" / "improve", tmp_path / "policy", console=console)
-    commands.run_merge(config, tmp_path / "run" / "fit" / "q_function", tmp_path / "q", console=console)
+    exchange.run_merge(config, tmp_path / "run" / "improve", tmp_path / "policy", console=console)
+    exchange.run_merge(config, tmp_path / "run" / "fit" / "q_function", tmp_path / "q", console=console)
     plain = Policy.load(tmp_path / "policy", config.policy)
     assert logprobs(plain) == pytest.approx(logprobs(load(tmp_path / "run/improve/policy")), abs=1e-5)
     q_values = [
@@ -238,7 +239,7 @@ def test_a_step_from_logs_through_adapters(base: Path, tmp_path: Path):
     ]
     np.testing.assert_allclose(*q_values, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="holds no adapter"):
-        commands.run_merge(config, tmp_path / "policy", tmp_path / "again", console=console)
+        exchange.run_merge(config, tmp_path / "policy", tmp_path / "again", console=console)
 
 
 # --- bfloat16 -----------------------------------------------------------------------------------------------

@@ -57,7 +57,8 @@ class Shop(gymnasium.Env):
 SERVER = """
 import json, os, signal, sys, traceback
 import matplotlib.pyplot
-import iterative_ppo.commands, iterative_ppo.log_summary, iterative_ppo.tables
+import iterative_ppo.log_summary, iterative_ppo.tables
+from iterative_ppo.commands import exchange, inspection, loop, single_stages
 from iterative_ppo.__main__ import main
 
 def work(job):

@@ -786,17 +786,6 @@ def test_what_cannot_be_served_ends_with_one_line(run_folder: Path, tmp_path: Pa
     assert re.fullmatch(r"ippo: 127\.0\.0\.1:\d+: cannot be bound \(--host, --port\): Address already in use", line)
 
 
-def test_without_the_extra_it_says_how_to_install_it(run_folder: Path, tmp_path: Path) -> None:
-    program = (
-        "import sys; sys.modules['fastapi'] = None; sys.argv = ['ippo', 'serve-q', sys.argv[1]]\n"
-        "from iterative_ppo.__main__ import main\nmain()"
-    )
-    command = [sys.executable, "-P", "-c", program, str(run_folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr == ('ippo: serve-q: fastapi is not installed: pip install -c constraints.txt -e ".[serve]"\n')
-
-
 @pytest.mark.slow
 def test_beyond_loopback_without_a_key_it_warns(run_folder: Path) -> None:
     server = Served(run_folder, "--host", "0.0.0.0")

@@ -266,20 +266,7 @@ def test_a_bad_line_is_named_as_in_one_process(
     assert not (tmp_path / "scores.jsonl").exists()
 
 
-# ---- no Ray ----
-
-
-def test_not_installed_is_one_line_with_the_command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "iterative_ppo.with_ray", raising=False)
-    monkeypatch.delattr("iterative_ppo.with_ray", raising=False)
-    for command in (
-        ["collect", "--policy", "policy", "--out", "new.jsonl", "--ray", "local"],
-        ["score", "--logs", "log.jsonl", "--q", "q", "--out", "new.jsonl", "--ray", "local"],
-    ):
-        assert 'pip install -c constraints.txt -e ".[ray]"' in complaint(capsys, *command)
+# ---- no cluster ----
 
 
 @pytest.mark.parametrize(

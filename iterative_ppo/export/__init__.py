@@ -18,6 +18,7 @@ from iterative_ppo.export import openrlhf, trl, verl
 from iterative_ppo.export.critic import Critic, save_critic
 from iterative_ppo.export.launch import Job
 from iterative_ppo.export.prompts import ExactPrompts, exact_prompts
+from iterative_ppo.extras import require_extra
 from iterative_ppo.from_logs import resolve_device
 from iterative_ppo.open_step import OpenStep
 from iterative_ppo.policy import Policy
@@ -45,7 +46,7 @@ def export_step(step: OpenStep, stack: Stack, out: Path) -> dict[str, Any]:
             needs what is not installed.
     """
     if stack == "verl":
-        verl.require_pyarrow()
+        require_extra("export", needed_by="export verl")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

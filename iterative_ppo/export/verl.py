@@ -1,6 +1,5 @@
 """verl 0.9: the prompts as parquet, and a launch script for its token-level PPO with a critic."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,6 @@ _MOST_TOKENS_PER_GPU = 16384
 def candidate_folder(job: Job) -> str:
     """Where verl leaves the policy that it trained, below the export's folder."""
     return f"{CHECKPOINTS}/global_step_{job.improvement.num_updates}/actor/huggingface"
-
-
-def require_pyarrow() -> None:
-    """ValueError where parquet cannot be written."""
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ValueError(
-            'verl reads parquet, which pyarrow writes: pip install -c constraints.txt -e ".[export]", or pip install pyarrow'
-        )
 
 
 def write_prompts(prompts: ExactPrompts, file: Path) -> None:

@@ -1,6 +1,5 @@
 """Who does the improvement step: `improvement.backend`."""
 
-import importlib.util
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +7,7 @@ from torch import nn
 
 from iterative_ppo import distributed
 from iterative_ppo.config import ConfigError, ImprovementConfig
+from iterative_ppo.extras import require_extra
 from iterative_ppo.improvement import native
 from iterative_ppo.improvement.base import Improvement, RewardFunction
 from iterative_ppo.policy import Policy
@@ -20,13 +20,10 @@ class ExternalStepError(ValueError):
 
 
 def require_backend(config: ImprovementConfig) -> None:
-    """Raises ConfigError where the backend is an outside stack that is not installed, or cannot work in several processes."""
+    """Raises ValueError where the backend is an outside stack that is not installed, or cannot work in several processes."""
     if config.backend != "trl":
         return
-    if importlib.util.find_spec("trl") is None:
-        raise ConfigError(
-            'improvement.backend: "trl" is not installed; install it with pip install -c constraints.txt -e ".[trl]"'
-        )
+    require_extra("trl", needed_by="improvement.backend")
     if distributed.world_size() > 1:
         raise ConfigError('improvement.backend: "trl" works in one process here; under torchrun use "native"')
 
