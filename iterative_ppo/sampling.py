@@ -36,7 +36,7 @@ class SampledResponses:
 
 
 class _GrowingLayer(DynamicLayer):
-    """A cache layer that grows in chunks: appending a token copies that token, not the whole cache."""
+    """A cache layer with room to grow: appending a token copies that token, not the whole cache."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,11 +50,7 @@ class _GrowingLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if self._buffers is None or end > self._buffers[0].shape[-2]:
-            shape = (*key_states.shape[:-2], end + _CACHE_CHUNK_SLOTS)
-            grown = (
-                key_states.new_empty((*shape, key_states.shape[-1])),
-                value_states.new_empty((*shape, value_states.shape[-1])),
-            )
+            grown = (_with_room(key_states, end), _with_room(value_states, end))
             if start:
                 grown[0][..., :start, :] = self.keys
                 grown[1][..., :start, :] = self.values
@@ -65,10 +61,30 @@ class _GrowingLayer(DynamicLayer):
         self.values = self._buffers[1][..., :end, :]
         return self.keys, self.values
 
+    def rows(self, index_N: Tensor) -> "_GrowingLayer":
+        """A layer of its own with some of the rows, copied once."""
+        part = _GrowingLayer()
+        if self.is_initialized:
+            part.lazy_initialization(self.keys, self.values)
+            num_slots = self.get_seq_length()
+            part._buffers = (
+                _with_room(self.keys, num_slots, num_rows=len(index_N)),
+                _with_room(self.values, num_slots, num_rows=len(index_N)),
+            )
+            part.keys, part.values = (buffer[..., :num_slots, :] for buffer in part._buffers)
+            torch.index_select(self.keys, 0, index_N, out=part.keys)
+            torch.index_select(self.values, 0, index_N, out=part.values)
+        return part
+
     def replace(self, keys: Tensor, values: Tensor) -> None:
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
         self.keys, self.values, self._buffers = keys, values, None
+
+
+def _with_room(states: Tensor, num_slots: int, *, num_rows: int | None = None) -> Tensor:
+    """Memory for a number of slots and a quarter more, and for as many rows as the states have, or as are said."""
+    rows, heads, _, size = states.shape
+    room = max(_CACHE_CHUNK_SLOTS, num_slots // 4)
+    return states.new_empty((rows if num_rows is None else num_rows, heads, num_slots + room, size))
 
 
 class ConversationCache:
@@ -132,9 +148,7 @@ class ConversationCache:
         part._slots = [self._slots[row].copy() for row in rows]
         index = torch.tensor(rows, dtype=torch.long, device=self.model.device)
         part._mask_BS = self._mask_BS[index]
-        for layer, own in zip(self._cache.layers, part._cache.layers, strict=True):
-            if layer.is_initialized:
-                own.replace(layer.keys[index], layer.values[index])
+        part._cache = Cache(layers=[layer.rows(index) for layer in self._cache.layers])
         return part
 
     def _reset(self, num_rows: int) -> None:
