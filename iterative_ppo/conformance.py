@@ -47,6 +47,10 @@ LARGEST_DRIFT = 0.02
 LARGEST_LENGTH_SHIFT = 0.15
 
 
+class BackendError(ValueError):
+    """There is no candidate to judge; the message says why."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
     """One thing that the theorem needs.
@@ -126,9 +130,9 @@ def _responses() -> list[TokenIds]:
     return ended + list(itertools.product(letters, repeat=_MAX_TOKENS))
 
 
-_RESPONSES = _responses()
-_COLUMN = {response: column for column, response in enumerate(_RESPONSES)}
-_LENGTH_A = torch.tensor([len(response) for response in _RESPONSES])
+RESPONSES = _responses()
+_COLUMN = {response: column for column, response in enumerate(RESPONSES)}
+_LENGTH_A = torch.tensor([len(response) for response in RESPONSES])
 
 
 def start_policy(seed: int) -> Policy:
@@ -163,7 +167,7 @@ def start_policy(seed: int) -> Policy:
 
 def logprobs(policy: Policy) -> Tensor:
     """log π of every response to every prompt, float64."""
-    rows = [(prompt, response) for prompt in _PROMPTS for response in _RESPONSES]
+    rows = [(prompt, response) for prompt in _PROMPTS for response in RESPONSES]
     logprobs = policy.logprobs(
         *(list(column) for column in zip(*rows, strict=True)), tokens_per_batch=_TOKENS_PER_BATCH
     )
@@ -205,7 +209,7 @@ def problems(seed: int) -> dict[str, Problem]:
         "optimum": torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64),
         "anchor": torch.zeros(shape, dtype=torch.float64),
         "length": (_LENGTH_A != 2).double().expand(shape),
-        "end": torch.tensor([response[-1] == _END for response in _RESPONSES]).double().expand(shape),
+        "end": torch.tensor([response[-1] == _END for response in RESPONSES]).double().expand(shape),
     }
     return {name: Problem(anchor_SA=anchor_SA, q_SA=rewards) for name, rewards in q_SA.items()}
 
@@ -214,7 +218,7 @@ def solve(backend: Backend, problem: Problem, *, algorithm: str, kl_in: str, see
     """log of the candidate's probabilities [S, A].
 
     Raises:
-        ValueError: the backend raised something, or gave back no policy.
+        BackendError: the backend raised something, or gave back no policy, or one whose probabilities are not finite.
     """
     config = ImprovementConfig(
         algorithm=algorithm,  # type: ignore[arg-type]  # checked by the configuration
@@ -234,11 +238,16 @@ def solve(backend: Backend, problem: Problem, *, algorithm: str, kl_in: str, see
     try:
         # A policy of its own: a backend that changes the one handed in must not move the yardstick.
         candidate = backend(start_policy(seed), list(_PROMPTS), problem.reward, config, seed)
+    except BackendError:
+        raise
     except Exception as error:  # a user's code may raise anything
-        raise ValueError(f"the backend failed: {type(error).__name__}: {error}") from error
+        raise BackendError(f"the backend failed: {type(error).__name__}: {error}") from error
     if not isinstance(candidate, Policy):
-        raise ValueError(f"the backend gave back {type(candidate).__name__}, not a Policy")
-    return logprobs(candidate)
+        raise BackendError(f"the backend gave back {type(candidate).__name__}, not a Policy")
+    logp_SA = logprobs(candidate)
+    if not logp_SA.isfinite().all():
+        raise BackendError("the candidate's log-probabilities are not finite: its training has diverged")
+    return logp_SA
 
 
 def check_backend(
@@ -247,7 +256,7 @@ def check_backend(
     """Lets a backend solve the problems, and compares with their answers.
 
     Raises:
-        ValueError: the backend raised something, or gave back no policy.
+        BackendError: as `solve`.
     """
     todo = problems(seed)
     candidates = {}

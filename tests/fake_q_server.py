@@ -47,12 +47,19 @@ def q_server(
         def log_message(self, *_: object) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server = QServer(url=f"http://127.0.0.1:{http.server_port}")
+    with served(Handler) as url:
+        server = QServer(url=url)
+        yield server
+
+
+@contextmanager
+def served(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """A server on a free port, in a thread; its URL."""
+    http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
-        yield server
+        yield f"http://127.0.0.1:{http.server_port}"
     finally:
         http.shutdown()
         http.server_close()

@@ -399,7 +399,7 @@ def test_conformance_of_a_step_of_ones_own(tmp_path: Path) -> None:
         ("mine:lost", "asked about the tokens [9, 9]"),
         ("mine:folder", "gave back str"),
         ("mine:none", "has no function none"),
-        ("natve", "neither native, trl nor a function"),
+        ("natve", "neither native, trl, a URL nor a function"),
     ]:
         done = run("conformance", "--backend", backend, folder=tmp_path)
         assert done.code == 2

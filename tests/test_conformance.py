@@ -87,9 +87,7 @@ def test_the_optimum_is_the_closed_form_on_all_responses():
     """All probabilities of a policy add up to 1; the optimum gains all that there is, and nothing nearby gains more."""
     anchor_SA = logprobs(start_policy(0))
     generator = torch.Generator().manual_seed(0)
-    problem = Problem(
-        anchor_SA=anchor_SA, q_SA=torch.rand(3, len(conformance._RESPONSES), generator=generator).double()
-    )
+    problem = Problem(anchor_SA=anchor_SA, q_SA=torch.rand(3, len(conformance.RESPONSES), generator=generator).double())
     optimum_SA = problem.optimum()
     torch.testing.assert_close(anchor_SA.exp().sum(1), torch.ones(3).double(), atol=1e-5, rtol=0)
     torch.testing.assert_close(optimum_SA.exp().sum(1), torch.ones(3).double())

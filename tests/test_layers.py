@@ -62,6 +62,7 @@ LAYERS: list[dict[str, str]] = [
         "import_candidate": "export from_logs open_step run_directory turns_to_tokens",
         "ranking": "",
         "conformance": "",
+        "conformance_http": "conformance",
         "report": "conformance policy_iteration ranking",
         "tables": "",
         "log_scores": "from_logs turns_to_tokens",

@@ -95,8 +95,8 @@ def rank(
     "--backend",
     default="native",
     show_default=True,
-    metavar="native|trl|package.module:function",
-    help="The improvement step to check; see `iterative_ppo.conformance.Backend`.",
+    metavar="native|trl|URL|package.module:function",
+    help="The improvement step to check: ours, TRL's, a service (docs/backends.md), or a function (`iterative_ppo.conformance.Backend`).",
 )
 @options.common
 def conformance(backend: str, config_path: Path | None, assignments: Sequence[str], as_json: bool) -> None:

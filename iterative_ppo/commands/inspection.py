@@ -12,7 +12,8 @@ from rich.console import Console
 from iterative_ppo import report
 from iterative_ppo.commands.arguments import environment_maker, load
 from iterative_ppo.config import Config
-from iterative_ppo.conformance import backend_of, check_backend
+from iterative_ppo.conformance import BackendError, backend_of, check_backend
+from iterative_ppo.conformance_http import backend_at
 from iterative_ppo.conversations import Conversation, Message, chat_messages
 from iterative_ppo.entry_points import import_named
 from iterative_ppo.from_logs import load_q_function
@@ -85,12 +86,17 @@ def run_conformance(config: Config, backend: str, *, progress: Progress, console
             improve = backend_of("trl")
             algorithm = "rloo" if algorithm == "ppo" else algorithm
             require_backend(dataclasses.replace(config.improvement, backend="trl"))
+        case _ if backend.startswith(("http://", "https://")):
+            improve = backend_at(backend)
         case _:
-            improve = import_named(backend, what="backend", known="neither native, trl", kind="function")
+            improve = import_named(backend, what="backend", known="neither native, trl, a URL", kind="function")
     console.print(f"{backend}, {algorithm}", highlight=False)
-    result = check_backend(
-        improve, algorithm=algorithm, kl_in=config.improvement.kl_in, seed=config.seed, progress=progress
-    )
+    try:
+        result = check_backend(
+            improve, algorithm=algorithm, kl_in=config.improvement.kl_in, seed=config.seed, progress=progress
+        )
+    except BackendError as error:
+        raise ValueError(f"{backend}: {error}") from error
     report.print_conformance(result, console)
     return dict(to_json(result))
 
