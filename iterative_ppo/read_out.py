@@ -41,7 +41,7 @@ class ReadOutHistory(FitHistory):
         ReadOutHistory(train_losses=(0.58,), held_out_losses=(0.69, 0.61), best_pass=1, penalty=1.0,
                        penalty_losses={"10": 0.64, "1": 0.61, "0.1": 0.63})
 
-    `held_out_losses` begins with the constant: the mean return of the training conversations.
+    `held_out_losses` are of the ensemble's Q, and begin with the constant: the mean return of each member's conversations.
     """
 
     penalty: float
@@ -163,7 +163,7 @@ class _Regression:
         target_N = torch.cat([_targets(s, s.returns) for s in (sequences[row] for row in out)])[torch.cat(is_end)]
         self.held_out = _Points(
             feature_NF=self._standardised(feature_NF),
-            weight_NM=torch.ones(len(target_N), q_function.heads.shape[0], dtype=torch.float64),
+            weight_NM=torch.ones(len(target_N), 1, dtype=torch.float64),
             target_N=target_N / self.unit,
         )
 
@@ -175,10 +175,10 @@ class _Regression:
     ) -> ReadOutHistory:
         """Leaves the Q-function with the best pass's heads; the constant's, where none is better."""
         constant = self._constant()
-        held_out_losses = [self._loss(constant, self.held_out)]
+        held_out_losses = [self._held_out_loss(constant)]
         penalty, heads, penalty_losses = self._search(constant, progress)
         held_out_losses.append(penalty_losses[f"{penalty:g}"])
-        train_losses = [self._loss(heads, self.points)]
+        train_losses = [self._train_loss(heads, self.points)]
         best_pass = int(held_out_losses[1] < held_out_losses[0])
         best = heads if best_pass else constant
         self._set(heads)
@@ -189,8 +189,8 @@ class _Regression:
             points = replace(self.points, target_N=self._targets(targets))
             heads = self._minimised(heads, points, penalty)
             self._set(heads)
-            train_losses.append(self._loss(heads, points))
-            held_out_losses.append(self._loss(heads, self.held_out))
+            train_losses.append(self._train_loss(heads, points))
+            held_out_losses.append(self._held_out_loss(heads))
             if held_out_losses[-1] < held_out_losses[best_pass]:
                 best_pass, best = pass_, heads
             elif pass_ - max(best_pass, 1) >= self.config.patience_passes:
@@ -210,7 +210,7 @@ class _Regression:
         heads = best = start
         for place, penalty in enumerate(_PENALTIES):
             heads = self._minimised(heads, self.points, penalty)
-            found.append(self._loss(heads, self.held_out))
+            found.append(self._held_out_loss(heads))
             if found[-1] == min(found):
                 best = heads
             elif place - int(np.argmin(found)) >= _PATIENCE_PENALTIES:
@@ -260,8 +260,14 @@ class _Regression:
         return (loss_NM * points.weight_NM).sum(0) / points.weight_NM.sum(0).clamp(min=1e-12)
 
     @torch.no_grad()
-    def _loss(self, heads: _Heads, points: _Points) -> float:
+    def _train_loss(self, heads: _Heads, points: _Points) -> float:
         return float(self._member_losses(heads, points).mean())
+
+    @torch.no_grad()
+    def _held_out_loss(self, heads: _Heads) -> float:
+        """Of Q, which is the mean head's: each member has seen a part of the conversations, and by itself is worse."""
+        mean = _Heads(weight_MF=heads.weight_MF.mean(0, keepdim=True), bias_M=heads.bias_M.mean(0, keepdim=True))
+        return float(self._member_losses(mean, self.held_out))
 
     @torch.no_grad()
     def _set(self, heads: _Heads) -> None:
