@@ -1,7 +1,7 @@
 """Memory of one PPO update: four roles on one frozen backbone (LoRA) against four models of their own.
 
 Policy, KL anchor, token value and reward model Q, a Llama of SmolLM2-135M's shape with random weights unless --model
-names one. Each way is a process of its own, which makes the same update: 8 prompts of 64 tokens, 2 responses each.
+names one. Q has an adapter too, as with `q_function.trunk = "trained"`; a read-out of the frozen weights needs none. Each way is a process of its own, which makes the same update: 8 prompts of 64 tokens, 2 responses each.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --model FOLDER --dtype bfloat16 --checkpoint-activations

@@ -123,6 +123,8 @@ class QFunctionConfig(_Section):
     """Turn discount of the returns. Below 1, an outcome is worth less the more turns it took. (The token discount is always 1.)"""
     return_lambda: Share = 1.0
     """Lambda of the TD(lambda) returns that Q is fitted to after its first pass: 1 is Monte Carlo, which is unbiased; below 1 the future beyond a turn is taken in part from Q itself, which is less noisy."""
+    trunk: Literal["auto", "trained", "frozen"] = "auto"
+    """`trained`: the transformer below Q is fitted with its heads, whole or through an adapter. `frozen`: heads alone, to the hidden states of a pretrained model and their means over the conversation so far, which one pass over the logs gives; `hl_gauss` is squared error then, and learning rate, warm start and next message have no part in it. `auto`: frozen for policies that are trained through adapters, unless another stack makes the improvement step, since none can read a mean."""
     link: Literal["identity", "logistic"] = "logistic"
     """From the scalar head to Q. `logistic` keeps Q in [0, 1] and needs returns in [0, 1]; `identity` fits any return."""
     loss: Literal["binary_cross_entropy", "squared_error", "hl_gauss"] = "binary_cross_entropy"
@@ -221,6 +223,8 @@ class Config(_Section):
         _Section.__post_init__(self)
         if self.q_function.loss == "binary_cross_entropy" and self.q_function.link != "logistic":
             raise ConfigError('q_function.loss: "binary_cross_entropy" needs q_function.link = "logistic"')
+        if self.q_function.trunk == "frozen" and self.policy.lora_rank == 0:
+            raise ConfigError('q_function.trunk: "frozen" needs weights that stay, and policy.lora_rank = 0 trains all')
         if self.compute.dtype != "float32" and self.policy.lora_rank == 0:
             raise ConfigError('compute.dtype: "bfloat16" is for frozen weights, and policy.lora_rank = 0 freezes none')
         _check_trl(self.improvement)

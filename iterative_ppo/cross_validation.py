@@ -9,7 +9,8 @@ import numpy as np
 
 from iterative_ppo.config import Config
 from iterative_ppo.conversations import Conversation, folds_by_group, turn_rewards
-from iterative_ppo.from_logs import fit_q_from_logs, labelled
+from iterative_ppo.from_logs import fit_q_from_logs, labelled, read_frozen_weights
+from iterative_ppo.frozen_features import FeatureCache
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_fit import Predictions, predict, predict_after_share
 from iterative_ppo.q_report import calibration_bins, discrimination, expected_calibration_error, is_binary, measure_of
@@ -47,12 +48,14 @@ def cross_validate(
     num_folds: int,
     groups: Sequence[str],
     seed: int,
+    features: FeatureCache,
     progress: Progress,
 ) -> CrossValidation:
     """Fits Q `num_folds` times, each time to the other folds, and predicts the fold left out.
 
     Args:
         groups: one a conversation; conversations of one group fall into one fold.
+        features: where Q reads frozen weights, of these or other conversations; those of all folds are kept there.
     """
     started = time.perf_counter()
     usable = [i for i, conversation in enumerate(conversations) if turn_rewards(conversation)]
@@ -61,6 +64,9 @@ def cross_validate(
     conversations = [conversations[i] for i in usable]
     groups = [groups[i] for i in usable]
     fold_N = np.asarray(folds_by_group(groups, num_folds=num_folds, seed=seed))
+    gamma, tokens_per_batch = config.q_function.gamma, config.compute.tokens_per_batch
+    sequences, _ = labelled(conversations, policy, gamma=gamma)
+    known = read_frozen_weights(config, policy, sequences, features, progress=progress)
     share_NS = np.full((len(conversations), len(SHARES)), np.nan)
     predictions: list[Predictions] = []
     for fold in range(num_folds):
@@ -77,14 +83,16 @@ def cross_validate(
             seed=seed + fold,
             progress=show,
             groups=[groups[i] for i in train],
+            features=features,
         )
         test = np.flatnonzero(fold_N == fold).tolist()
         names = [str(i) for i in test]
-        sequences, _ = labelled([conversations[i] for i in test], policy, gamma=config.q_function.gamma, groups=names)
-        tokens_per_batch = config.compute.tokens_per_batch
-        predictions.append(predict(fitted.q_function, sequences, tokens_per_batch=tokens_per_batch))
+        sequences, _ = labelled([conversations[i] for i in test], policy, gamma=gamma, groups=names)
+        predictions.append(predict(fitted.q_function, sequences, tokens_per_batch=tokens_per_batch, features=known))
         for s, share in enumerate(SHARES):
-            values = predict_after_share(fitted.q_function, sequences, share, tokens_per_batch=tokens_per_batch)
+            values = predict_after_share(
+                fitted.q_function, sequences, share, tokens_per_batch=tokens_per_batch, features=known
+            )
             for name, value in values.items():
                 share_NS[int(name), s] = value
     outcome_N = np.array([sum(turn_rewards(conversation) or ()) for conversation in conversations])

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from iterative_ppo import distributed
 from iterative_ppo.activation_checkpointing import keep_no_activations
-from iterative_ppo.adapters import base_of, is_frozen
+from iterative_ppo.adapters import has_adapter, is_frozen
 from iterative_ppo.config import Config, QFunctionConfig
 from iterative_ppo.conversation_log import read_conversations
 from iterative_ppo.conversations import (
@@ -24,13 +24,15 @@ from iterative_ppo.conversations import (
     split_by_group,
     turn_rewards,
 )
+from iterative_ppo.frozen_features import FeatureCache
 from iterative_ppo.improvement import backends
 from iterative_ppo.improvement.base import RewardFunction
 from iterative_ppo.policy import Policy, context_limit
 from iterative_ppo.pretraining import clone_with_outcomes
 from iterative_ppo.q_fit import LabelledSequence, Predictions, fit_q_function, predict
-from iterative_ppo.q_function import QFunction, QFunctionCard, TokenValue
+from iterative_ppo.q_function import QFunction, QFunctionCard, TokenValue, backbone_of
 from iterative_ppo.q_report import QReport, assess
+from iterative_ppo.read_out import ReadOutHistory, fit_read_out, read_positions
 from iterative_ppo.rendering import Renderer, TokenIds
 from iterative_ppo.run_directory import to_json, write_json
 from iterative_ppo.supervised import FitHistory, Progress
@@ -153,29 +155,21 @@ def fit_q_from_logs(
     seed: int,
     progress: Progress,
     groups: Sequence[str] | None = None,
+    features: FeatureCache | None = None,
 ) -> FittedQ:
     """Fits Q to labelled conversations and assesses it on those held out.
 
     Args:
-        start: folder of the Q-function whose weights it starts from. Default: the policy's weights.
+        start: folder of the Q-function whose weights it starts from. Default: the policy's weights. A read-out of frozen
+            weights has no use for it: it is fitted to its end each time.
         name: what the checkpoint calls the policy that it evaluates.
         groups: one a conversation; conversations of one group fall on one side of the split. Default: their ids.
+        features: of frozen weights, where fits before or after this one read the same conversations.
     """
     q_config = config.q_function
     sequences, counts = labelled(conversations, policy, gamma=q_config.gamma, groups=groups)
     if len({sequence.group for sequence in sequences}) < 4:
         raise ValueError("fewer than four conversations with a known outcome: no Q-function can be fitted")
-    if start is not None:
-        q_function = load_q_function(start, policy)
-    else:
-        q_function = QFunction.from_policy(
-            policy.model,
-            link=q_config.link,
-            num_heads=q_config.num_heads,
-            pad_id=policy.pad_id,
-            lora_rank=config.policy.lora_rank,
-            seed=seed,
-        )
     held_out = split_by_group(
         [sequence.group for sequence in sequences], held_out_share=q_config.held_out_share, seed=seed
     )
@@ -184,26 +178,96 @@ def fit_q_from_logs(
     def retarget(predictions: Predictions) -> list[tuple[float, ...]]:
         return td_lambda_targets(train, predictions, gamma=q_config.gamma, lambda_=q_config.return_lambda)
 
-    history = fit_q_function(
-        q_function,
-        sequences,
-        held_out=held_out.tolist(),
-        config=q_config,
-        is_refit=start is not None,
-        tokens_per_batch=config.compute.tokens_per_batch,
-        generator=np.random.default_rng(seed),
-        retarget=None if q_config.return_lambda == 1 else retarget,
-        progress=progress,
-    )
-    test = [sequence for sequence, out in zip(sequences, held_out, strict=True) if out]
     tokens_per_batch = config.compute.tokens_per_batch
+    history: FitHistory
+    if reads_frozen_weights(config, policy):
+        features = features or FeatureCache()
+        q_function = QFunction.on_base(policy.model, link=q_config.link, num_heads=q_config.num_heads)
+        history = fit_read_out(
+            q_function,
+            sequences,
+            held_out=held_out.tolist(),
+            config=q_config,
+            features=features,
+            tokens_per_batch=tokens_per_batch,
+            generator=np.random.default_rng(seed),
+            retarget=None if q_config.return_lambda == 1 else retarget,
+            progress=progress,
+        )
+    else:
+        features = None
+        q_function = _start_of_fit(config, policy, start, seed=seed)
+        history = fit_q_function(
+            q_function,
+            sequences,
+            held_out=held_out.tolist(),
+            config=q_config,
+            is_refit=start is not None,
+            tokens_per_batch=tokens_per_batch,
+            generator=np.random.default_rng(seed),
+            retarget=None if q_config.return_lambda == 1 else retarget,
+            progress=progress,
+        )
+    test = [sequence for sequence, out in zip(sequences, held_out, strict=True) if out]
     report = assess(
-        predict(q_function, test, tokens_per_batch=tokens_per_batch),
+        predict(q_function, test, tokens_per_batch=tokens_per_batch, features=features),
         constant=_mean_return(train),
         loss="cross_entropy" if q_config.loss == "binary_cross_entropy" else "squared_error",
     )
     card = _card(q_config, history, report, name)
     return FittedQ(q_function=q_function, policy=policy, card=card, report=report, counts=counts)
+
+
+def reads_frozen_weights(config: Config, policy: Policy) -> bool:
+    """Whether Q is a read-out of the weights below a policy's adapter (`q_function.trunk`).
+
+    Raises:
+        ValueError: it is to be, and the policy's weights are not frozen.
+    """
+    has_frozen = is_frozen(policy.model) or has_adapter(policy.model)
+    if config.q_function.trunk == "frozen" and not has_frozen:
+        raise ValueError(
+            'q_function.trunk: "frozen" is for policies that are trained through adapters, which models of less than 10 '
+            "million parameters are not"
+        )
+    if config.q_function.trunk == "auto":
+        return has_frozen and config.improvement.backend != "external"
+    return config.q_function.trunk == "frozen"
+
+
+def read_frozen_weights(
+    config: Config,
+    policy: Policy,
+    sequences: Sequence[LabelledSequence],
+    features: FeatureCache,
+    *,
+    progress: Progress,
+) -> FeatureCache | None:
+    """The features of some sequences, in one pass over those that are not known yet; None where Q's trunk is trained."""
+    if not reads_frozen_weights(config, policy):
+        return None
+    features.of(
+        QFunction.on_base(policy.model, link=config.q_function.link, num_heads=1),
+        [sequence.token_ids for sequence in sequences],
+        [read_positions(sequence) for sequence in sequences],
+        tokens_per_batch=config.compute.tokens_per_batch,
+        progress=progress,
+    )
+    return features
+
+
+def _start_of_fit(config: Config, policy: Policy, start: Path | None, *, seed: int) -> QFunction:
+    """What a fit with a trained trunk starts from."""
+    if start is not None:
+        return load_q_function(start, policy)
+    return QFunction.from_policy(
+        policy.model,
+        link=config.q_function.link,
+        num_heads=config.q_function.num_heads,
+        pad_id=policy.pad_id,
+        lora_rank=config.policy.lora_rank,
+        seed=seed,
+    )
 
 
 def _card(config: QFunctionConfig, history: FitHistory, report: QReport, name: str) -> QFunctionCard:
@@ -223,6 +287,7 @@ def _card(config: QFunctionConfig, history: FitHistory, report: QReport, name: s
                 "state_only_gain": report.state_only_gain,
                 report.measure: report.discrimination,
                 "ece": report.ece,
+                **({"penalty": history.penalty} if isinstance(history, ReadOutHistory) else {}),
             }
         ),
     )
@@ -326,12 +391,12 @@ def load_q_and_renderer(folder: str | Path, config: Config) -> tuple[QFunction, 
     """A Q-function by itself, and the renderer of the policy that it evaluates, from the tokenizer in its folder.
 
     The renderer has the policy's context and room for a response, so that prompts are cut as the policy's are. Frozen
-    weights below an adapter are in `compute.dtype`.
+    weights below an adapter or a read-out are in `compute.dtype`.
 
     Raises:
         ValueError: with one line where the folder holds no Q-function, or no tokenizer.
     """
-    base = base_of(folder)
+    base = backbone_of(folder)
     q_function = QFunction.load(
         folder,
         device=resolve_device(config.compute.device),

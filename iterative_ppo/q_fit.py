@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from iterative_ppo import distributed, losses
 from iterative_ppo.batching import own_micro_batches, pad_right, pad_values
 from iterative_ppo.config import QFunctionConfig
-from iterative_ppo.q_function import QFunction, TokenIds
+from iterative_ppo.frozen_features import FeatureCache
+from iterative_ppo.q_function import Link, QFunction, TokenIds
 from iterative_ppo.sharding import gathered
 from iterative_ppo.supervised import FitHistory, Progress, fit_passes, no_progress
 
@@ -153,15 +154,11 @@ class Regression(nn.Module):
     ) -> None:
         super().__init__()
         returns = np.concatenate([sequence.returns for sequence in sequences])
-        if q_function.link == "logistic" and (returns.min() < 0 or returns.max() > 1):
-            raise ValueError(
-                f"returns lie in [{returns.min():g}, {returns.max():g}], outside [0, 1]: "
-                'use q_function.link = "identity" with q_function.loss = "squared_error"'
-            )
+        require_returns_for(q_function.link, returns)
         self.q_function = q_function
         self.sequences = sequences
         self.targets = [sequence.returns for sequence in sequences]
-        self.scale = max(float(returns.std()), _SMALLEST_SCALE) if _has_units(q_function, config) else 1.0
+        self.scale = unit_of(returns) if _has_units(q_function, config) else 1.0
         with torch.no_grad():
             q_function.heads.div_(self.scale)
         self.histogram = _HistogramHeads(q_function, returns) if config.loss == "hl_gauss" else None
@@ -169,10 +166,7 @@ class Regression(nn.Module):
         self.next_message_weight = config.next_message_weight
         train = [sequence for sequence, out in zip(sequences, held_out, strict=True) if not out]
         self.next_message = NextMessage(q_function, train) if self.next_message_weight > 0 else None
-        groups = sorted({sequence.group for sequence in sequences})
-        num_heads = q_function.heads.shape[0]
-        bootstrap_GM = generator.poisson(1.0, (len(groups), num_heads)) if num_heads > 1 else np.ones((len(groups), 1))
-        self.weight_of = dict(zip(groups, torch.from_numpy(bootstrap_GM.astype(np.float32)), strict=True))
+        self.weight_of = bootstrap_weights(sequences, num_heads=q_function.heads.shape[0], generator=generator)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -196,7 +190,7 @@ class Regression(nn.Module):
         weight_BT = pad_values([weights for weights, _ in weighted], width=width).to(device)
         target_BT = pad_values([targets for _, targets in weighted], width=width).to(device)
         read = weight_BT > 0
-        loss_NM = self.element_loss(hidden_BTD[read], target_BT[read])
+        loss_NM = self.element_loss(self.q_function.features_of(hidden_BTD)[read], target_BT[read])
         if self.training:
             head_weight_BM = torch.stack([self.weight_of[sequence.group] for sequence in chosen]).to(device)
             head_weight_NM = head_weight_BM[:, None, :].expand(-1, width, -1)[read]
@@ -251,10 +245,43 @@ class NextMessage(nn.Module):
         return -(logprob_NV[response_W, word_W] * share_W).sum()
 
 
+def require_returns_for(link: Link, returns: np.ndarray) -> None:
+    """Raises ValueError where returns lie beyond what the link can give."""
+    if link == "logistic" and (returns.min() < 0 or returns.max() > 1):
+        raise ValueError(
+            f"returns lie in [{returns.min():g}, {returns.max():g}], outside [0, 1]: "
+            'use q_function.link = "identity" with q_function.loss = "squared_error"'
+        )
+
+
+def unit_of(returns: np.ndarray) -> float:
+    """Their standard deviation, in which squared errors are counted while Q is fitted."""
+    return max(float(returns.std()), _SMALLEST_SCALE)
+
+
+def bootstrap_weights(
+    sequences: Sequence[LabelledSequence], *, num_heads: int, generator: np.random.Generator
+) -> dict[str, Tensor]:
+    """The weight [M] of each group for each ensemble member: Poisson(1), and 1 for a single member."""
+    groups = sorted({sequence.group for sequence in sequences})
+    weight_GM = generator.poisson(1.0, (len(groups), num_heads)) if num_heads > 1 else np.ones((len(groups), 1))
+    return dict(zip(groups, torch.from_numpy(weight_GM.astype(np.float32)), strict=True))
+
+
 def predict(
-    q_function: QFunction, sequences: Sequence[LabelledSequence], *, tokens_per_batch: int, scale: float = 1.0
+    q_function: QFunction,
+    sequences: Sequence[LabelledSequence],
+    *,
+    tokens_per_batch: int,
+    scale: float = 1.0,
+    features: FeatureCache | None = None,
 ) -> Predictions:
-    """Q and the state's value at every decision point, times `scale` (the unit of a Q that is being fitted)."""
+    """Q and the state's value at every decision point.
+
+    Args:
+        scale: the unit of a Q that is being fitted.
+        features: of a frozen trunk, from which Q is read without another pass.
+    """
     points = [
         (row, turn, start, end, target)
         for row, s in enumerate(sequences)
@@ -264,7 +291,8 @@ def predict(
     positions: list[list[int]] = [[] for _ in sequences]
     for row, _, start, end, _ in points:
         positions[row] += [start - 1, end - 1]
-    read = q_function.read([s.token_ids for s in sequences], positions, tokens_per_batch=tokens_per_batch)
+    rows = [s.token_ids for s in sequences]
+    read = _read(q_function, rows, positions, tokens_per_batch=tokens_per_batch, features=features)
     scalar_N = torch.tensor([x for row in read for x in row], dtype=torch.float64)
     value_N2 = scale * q_function.to_value(scalar_N).view(-1, 2)
     return Predictions(
@@ -277,11 +305,19 @@ def predict(
 
 
 def predict_after_share(
-    q_function: QFunction, sequences: Sequence[LabelledSequence], share: float, *, tokens_per_batch: int
+    q_function: QFunction,
+    sequences: Sequence[LabelledSequence],
+    share: float,
+    *,
+    tokens_per_batch: int,
+    features: FeatureCache | None = None,
 ) -> dict[str, float]:
     """Expected outcome of each conversation once a share of its messages has been seen, by group.
 
     Where the last message seen is the policy's, Q of that response; where it is the customer's, the state's value.
+
+    Args:
+        features: see `predict`.
     """
     rows: list[TokenIds] = []
     positions: list[list[int]] = []
@@ -294,9 +330,27 @@ def predict_after_share(
                 positions.append([start - 1 if seen == wanted else end - 1])
                 groups.append(sequence.group)
                 break
-    read = q_function.read(rows, positions, tokens_per_batch=tokens_per_batch)
+    read = _read(q_function, rows, positions, tokens_per_batch=tokens_per_batch, features=features)
     values = q_function.to_value(torch.tensor([value for [value] in read], dtype=torch.float64)).tolist()
     return dict(zip(groups, values, strict=True))
+
+
+def _read(
+    q_function: QFunction,
+    rows: Sequence[TokenIds],
+    positions: Sequence[Sequence[int]],
+    *,
+    tokens_per_batch: int,
+    features: FeatureCache | None,
+) -> list[list[float]]:
+    """`QFunction.read`, from features where there are any."""
+    if features is None:
+        return q_function.read(rows, positions, tokens_per_batch=tokens_per_batch)
+    with torch.no_grad():
+        return [
+            q_function.scalars(feature_PF.to(q_function.device)).mean(-1).tolist()
+            for feature_PF in features.of(q_function, rows, positions, tokens_per_batch=tokens_per_batch)
+        ]
 
 
 def _token_weights(
@@ -324,15 +378,15 @@ def _has_units(q_function: QFunction, config: QFunctionConfig) -> bool:
 def _element_loss(
     q_function: QFunction, histogram: "_HistogramHeads | None", config: QFunctionConfig, scale: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss from hidden states [N, D] and targets [N] to [N, M]."""
+    """The loss from features [N, F] and targets [N] to [N, M]."""
     if histogram is not None:
         return histogram.loss
     if config.loss == "binary_cross_entropy":
-        return lambda hidden_ND, target_N: losses.binary_cross_entropy(
-            hidden_ND @ q_function.heads.T, target_N[:, None].expand(-1, q_function.heads.shape[0])
+        return lambda feature_NF, target_N: losses.binary_cross_entropy(
+            q_function.scalars(feature_NF), target_N[:, None].expand(-1, q_function.heads.shape[0])
         )
-    return lambda hidden_ND, target_N: losses.squared_error(
-        q_function.to_value(hidden_ND @ q_function.heads.T), target_N[:, None] / scale
+    return lambda feature_NF, target_N: losses.squared_error(
+        q_function.to_value(q_function.scalars(feature_NF)), target_N[:, None] / scale
     )
 
 
@@ -348,31 +402,31 @@ class _HistogramHeads(nn.Module):
         self.edges: Tensor
         self.register_buffer("edges", edges)
         self.sigma = 0.75 * float(edges[1] - edges[0])
-        num_heads, hidden_size = q_function.heads.shape
+        num_heads, num_features = q_function.heads.shape
         # From the returns' own histogram, and not from nothing: otherwise the fit sits on the mean for so many passes
         # that it stops there.
         histogram_K = losses.hl_gauss_target(torch.from_numpy(returns).float(), edges, sigma=self.sigma).mean(0)
-        self.bins = nn.Linear(hidden_size, num_heads * _NUM_BINS)
+        self.bins = nn.Linear(num_features, num_heads * _NUM_BINS)
         nn.init.normal_(self.bins.weight, std=0.1, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             self.bins.bias.copy_((histogram_K + 1e-6).log().repeat(num_heads))
         self.to(q_function.device)
 
-    def bin_logits(self, hidden_ND: Tensor) -> Tensor:
-        return self.bins(hidden_ND).unflatten(-1, (-1, _NUM_BINS))
+    def bin_logits(self, feature_NF: Tensor) -> Tensor:
+        return self.bins(feature_NF).unflatten(-1, (-1, _NUM_BINS))
 
-    def loss(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
-        return losses.hl_gauss(self.bin_logits(hidden_ND), target_N[:, None], self.edges, sigma=self.sigma)
+    def loss(self, feature_NF: Tensor, target_N: Tensor) -> Tensor:
+        return losses.hl_gauss(self.bin_logits(feature_NF), target_N[:, None], self.edges, sigma=self.sigma)
 
 
 def _read_out(heads: _HistogramHeads, sequences: Sequence[LabelledSequence], *, tokens_per_batch: int) -> None:
-    """Replaces the histograms by scalar heads: ridge regression from hidden states to the histograms' means.
+    """Replaces the histograms by scalar heads: ridge regression from features to the histograms' means.
 
     The checkpoint then has one label, as every reward model has, and all held-out figures are those of the scalar.
     """
 
-    def histogram_means(hidden_ND: Tensor, _: Tensor) -> Tensor:
-        mean_NM = losses.hl_gauss_mean(heads.bin_logits(hidden_ND), heads.edges)
+    def histogram_means(feature_NF: Tensor, _: Tensor) -> Tensor:
+        mean_NM = losses.hl_gauss_mean(heads.bin_logits(feature_NF), heads.edges)
         return mean_NM.clamp(0.01, 0.99).logit() if heads.q_function.link == "logistic" else mean_NM
 
     _ridge_heads(
@@ -389,14 +443,14 @@ def _ridge_heads(
     ridge: float,
     tokens_per_batch: int,
 ) -> None:
-    """Sets the heads by ridge regression from the trunk's hidden states to scalars, at every position that is trained.
+    """Sets the heads by ridge regression from the trunk's features to scalars, at every position that is trained.
 
     Args:
-        scalar_NM: the members' scalars, from hidden states [N, D] and returns [N].
+        scalar_NM: the members' scalars, from features [N, F] and returns [N].
     """
     num_heads, size = q_function.heads.shape
-    gram_DD = torch.zeros(size, size, dtype=torch.float64)
-    moment_DM = torch.zeros(size, num_heads, dtype=torch.float64)
+    gram_FF = torch.zeros(size, size, dtype=torch.float64)
+    moment_FM = torch.zeros(size, num_heads, dtype=torch.float64)
     num_positions = 0.0
     with gathered(q_function):
         for batch in own_micro_batches([len(s.token_ids) for s in sequences], tokens_per_batch=tokens_per_batch):
@@ -407,14 +461,14 @@ def _ridge_heads(
                 pad_values([pair[i] for pair in weighted], width=token_BT.shape[1]).to(q_function.device)
                 for i in (0, 1)
             )
-            hidden_ND = q_function.hidden(token_BT)[weight_BT > 0]
-            target_NM = scalar_NM(hidden_ND, return_BT[weight_BT > 0]).double().cpu()
-            hidden_ND = hidden_ND.double().cpu()
-            gram_DD += hidden_ND.T @ hidden_ND
-            moment_DM += hidden_ND.T @ target_NM
-            num_positions += len(hidden_ND)
-    distributed.add_up(gram_DD)
-    distributed.add_up(moment_DM)
+            feature_NF = q_function.features(token_BT)[weight_BT > 0]
+            target_NM = scalar_NM(feature_NF, return_BT[weight_BT > 0]).double().cpu()
+            feature_NF = feature_NF.double().cpu()
+            gram_FF += feature_NF.T @ feature_NF
+            moment_FM += feature_NF.T @ target_NM
+            num_positions += len(feature_NF)
+    distributed.add_up(gram_FF)
+    distributed.add_up(moment_FM)
     [num_positions] = distributed.sums(num_positions)
-    ridge_DD = ridge * num_positions * torch.eye(size, dtype=torch.float64)
-    q_function.heads.copy_(torch.linalg.solve(gram_DD + ridge_DD, moment_DM).T.float())
+    ridge_FF = ridge * num_positions * torch.eye(size, dtype=torch.float64)
+    q_function.heads.copy_(torch.linalg.solve(gram_FF + ridge_FF, moment_FM).T.float())

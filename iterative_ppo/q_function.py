@@ -7,10 +7,10 @@ conversation, all of its decision points.
 
 import copy
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -36,9 +36,14 @@ from iterative_ppo.adapters import (
 from iterative_ppo.batching import own_micro_batches, pad_right
 from iterative_ppo.losses import lower_confidence
 from iterative_ppo.shared_prefix import TreeBatch, run_trees, takes_trees, tree_batches
+from iterative_ppo.supervised import Progress, no_progress
 
 Link = Literal["identity", "logistic"]
+ReadOut = Literal["last", "mean"]
+"""What the heads multiply at a token: its hidden state h, or [h ; mean of h over all tokens that it sees ; 1]."""
 TokenIds = tuple[int, ...]
+
+_SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,25 +59,34 @@ class QFunctionCard:
     target: str
     policy: str
     metrics: dict[str, object]
+    read_out: ReadOut = "last"
+    """This and `base` are the Q-function's own, and `save` fills them in."""
+    base: str | None = None
+    """Hub id or folder of the frozen model that a mean is read from; the checkpoint holds no weights of it."""
 
 
 class QFunction(nn.Module):
     """An ensemble of linear heads on one trunk; the checkpoint's single label is the mean head.
 
-    q_m = link(head_m · hidden) for ensemble member m, and Q = link(mean_m head_m · hidden).
+    q_m = link(head_m · features) for ensemble member m, and Q = link(mean_m head_m · features). The features are the
+    token's hidden state; of a frozen trunk also the mean over all that the token sees, and no label can say that.
 
     Args:
         model: a sequence-classification model with one label: its trunk is used, its `score` is the mean head.
         link: from the scalar to Q.
-        heads: [M, hidden] ensemble heads.
+        heads: [M, features] ensemble heads.
+        read_out: what the features are; the trunk of a mean is frozen.
     """
 
-    def __init__(self, model: PreTrainedModel, *, link: Link, heads: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, *, link: Link, heads: Tensor, read_out: ReadOut = "last") -> None:
         super().__init__()
         self.model = model
         self.link: Link = link
+        self.read_out: ReadOut = read_out
         self.heads = nn.Parameter(heads.float())
         self.model.score.weight.requires_grad_(False)
+        if read_out == "mean":
+            self.model.requires_grad_(False)
         self.eval()
 
     @classmethod
@@ -100,24 +114,31 @@ class QFunction(nn.Module):
         return cls(model, link=link, heads=heads.to(model.device))
 
     @classmethod
+    def on_base(cls, policy: PreTrainedModel, *, link: Link, num_heads: int) -> "QFunction":
+        """A read-out, its heads still 0, of the frozen weights below a policy's adapter, which are shared."""
+        model = _classifier_around(without_adapter(policy))
+        heads = torch.zeros(num_heads, 2 * model.config.get_text_config().hidden_size + 1, device=model.device)
+        return cls(model, link=link, heads=heads, read_out="mean")
+
+    @classmethod
     def load(cls, folder: str | Path, *, device: str = "cpu", backbone: PreTrainedModel | None = None) -> "QFunction":
         """Loads a checkpoint of `save`; a plain one-label checkpoint without our JSON is refused by name.
 
         Args:
             device: where there is no backbone.
-            backbone: a model whose frozen weights are shared if the checkpoint is an adapter of them, and which says
-                whether activations are kept and whether the weights are sharded.
+            backbone: a model whose frozen weights are shared if the checkpoint is an adapter or a read-out of them, and
+                which says whether activations are kept and whether the weights are sharded.
         """
         card = load_card(folder)
         try:
-            base = base_of(folder)
+            base = backbone_of(folder)
             if base is None:
                 model = _load_classifier(folder)
             elif backbone is not None and name_of(backbone) == base:
                 model = _classifier_around(without_adapter(backbone))
             else:
                 model = _load_classifier(base)
-            if base is not None:
+            if base is not None and card.base is None:
                 load_adapter(model, folder)
             if backbone is not None and backbone.is_activation_checkpointing:
                 keep_no_activations(model)
@@ -125,7 +146,7 @@ class QFunction(nn.Module):
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"Q-function cannot be loaded from {str(folder)!r}: {reason}") from error
-        q_function = cls(model, link=card.link, heads=heads)
+        q_function = cls(model, link=card.link, heads=heads, read_out=card.read_out)
         return q_function.to(device) if backbone is None else q_function._placed_like(backbone)
 
     def _placed_like(self, model: PreTrainedModel) -> "QFunction":
@@ -139,26 +160,40 @@ class QFunction(nn.Module):
     def save(self, folder: Path, card: QFunctionCard, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes a transformers sequence-classification folder, the ensemble's heads and `q_function.json`.
 
-        Where the trunk has an adapter, it is a peft folder of that task. Of several processes the main one writes.
+        Where the trunk has an adapter, it is a peft folder of that task, and of a mean there are the heads alone. Of
+        several processes the main one writes.
         """
         model = sharding.whole(self.model)
         if not distributed.is_main():
             return
-        with torch.no_grad():
-            model.score.weight.copy_(self.heads.mean(0, keepdim=True))
-        tokenizer = _padded_by_another_than_its_end(tokenizer)
-        model.config.pad_token_id = tokenizer.pad_token_id
-        if has_adapter(model):
-            save_adapter(model, folder, heads={"score": model.score.weight})
+        if self.read_out == "mean":
+            folder.mkdir(parents=True, exist_ok=True)
         else:
-            model.save_pretrained(folder)
+            with torch.no_grad():
+                model.score.weight.copy_(self.heads.mean(0, keepdim=True))
+            tokenizer = _padded_by_another_than_its_end(tokenizer)
+            model.config.pad_token_id = tokenizer.pad_token_id
+            if has_adapter(model):
+                save_adapter(model, folder, heads={"score": model.score.weight})
+            else:
+                model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_file({"heads": self.heads.detach().cpu().contiguous()}, folder / "heads.safetensors")
-        text = json.dumps({"schema": 1, **asdict(card)}, indent=1, allow_nan=False)
+        card = replace(card, read_out=self.read_out, base=name_of(model) if self.read_out == "mean" else None)
+        text = json.dumps({"schema": _SCHEMA, **asdict(card)}, indent=1, allow_nan=False)
         (folder / "q_function.json").write_text(text + "\n", encoding="utf-8")
 
     def merged(self) -> "QFunction":
-        """The same Q-function as a plain model, all weights its own."""
+        """The same Q-function as a plain model, all weights its own.
+
+        Raises:
+            ValueError: it reads a mean, which the label of a plain model cannot.
+        """
+        if self.read_out == "mean":
+            raise ValueError(
+                "the Q-function reads a mean over the conversation from a frozen model, and the label of a plain model "
+                'reads one token: fit it with q_function.trunk = "trained" (`ippo serve-q` serves it as it is)'
+            )
         return QFunction(merged(self.model), link=self.link, heads=self.heads.detach().clone())
 
     @property
@@ -172,9 +207,34 @@ class QFunction(nn.Module):
         """
         return self._last_hidden(input_ids=token_BT.to(self.device))
 
-    def hidden_of_trees(self, batch: TreeBatch) -> Tensor:
-        """The trunk's last hidden states [B, T, hidden] of prompts that share their prefixes, float32."""
-        return run_trees(self._last_hidden, batch, device=self.device, dtype=self.model.dtype)
+    def features(self, token_BT: Tensor) -> Tensor:
+        """What the heads multiply at every token of rows padded on the right: [B, T, F]."""
+        return self.features_of(self.hidden(token_BT))
+
+    def features_of_trees(self, batch: TreeBatch) -> Tensor:
+        """The same of prompts that share their prefixes."""
+        hidden_BTD = run_trees(self._last_hidden, batch, device=self.device, dtype=self.model.dtype)
+        return self.features_of(hidden_BTD, batch.attention_BTT)
+
+    def features_of(self, hidden_BTD: Tensor, sees_BTT: Tensor | None = None) -> Tensor:
+        """Features [B, T, F] from the trunk's hidden states.
+
+        Args:
+            sees_BTT: which tokens (columns) a token (row) sees. Default: itself and all before it.
+        """
+        if self.read_out == "last":
+            return hidden_BTD
+        if sees_BTT is None:
+            count_T1 = torch.arange(1, hidden_BTD.shape[1] + 1, device=hidden_BTD.device)[:, None]
+            mean_BTD = (hidden_BTD.double().cumsum(1) / count_T1).float()
+        else:
+            sees_BTT = sees_BTT.to(hidden_BTD)
+            mean_BTD = sees_BTT @ hidden_BTD / sees_BTT.sum(-1, keepdim=True)
+        return torch.cat([hidden_BTD, mean_BTD, torch.ones_like(hidden_BTD[..., :1])], dim=-1)
+
+    def scalars(self, features: Tensor) -> Tensor:
+        """Every ensemble member's scalar, before the link, from features [..., F]: [..., M]."""
+        return features @ self.heads.T
 
     def _last_hidden(self, **inputs: Tensor) -> Tensor:
         with gradient_pass(self.model):
@@ -185,7 +245,7 @@ class QFunction(nn.Module):
 
     def forward(self, token_BT: Tensor) -> Tensor:
         """Every ensemble member's scalar, before the link, at every token of rows padded on the right: [B, T, M]."""
-        return self.hidden(token_BT) @ self.heads.T
+        return self.scalars(self.features(token_BT))
 
     def to_value(self, scalar: Tensor) -> Tensor:
         """The link."""
@@ -201,11 +261,11 @@ class QFunction(nn.Module):
             for rows, batch in tree_batches(
                 prompts, responses, tokens_per_batch=tokens_per_batch, share=takes_trees(self.model)
             ):
-                scalar_BM[rows] = (batch.end(self.hidden_of_trees(batch)) @ self.heads.T).cpu()
+                scalar_BM[rows] = self.scalars(batch.end(self.features_of_trees(batch))).cpu()
         return distributed.add_up(scalar_BM)  # each row is 0 but in one process
 
     def values(self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int) -> Tensor:
-        """Q = link(mean head · hidden) of each response [B]: what the one-label checkpoint gives."""
+        """Q = link(mean head · features) of each response [B]: what the one-label checkpoint gives."""
         return self.mean_value(self.ensemble_scalars(prompts, responses, tokens_per_batch=tokens_per_batch))
 
     def pessimistic_values(
@@ -230,18 +290,44 @@ class QFunction(nn.Module):
         members = self.read_members(rows, positions, tokens_per_batch=tokens_per_batch)
         return [scalar_PM.mean(-1).tolist() for scalar_PM in members]
 
-    @torch.no_grad()
     def read_members(
         self, rows: Sequence[TokenIds], positions: Sequence[Sequence[int]], *, tokens_per_batch: int
     ) -> list[Tensor]:
         """The same of every ensemble member: for each row [P, M] on the CPU, P positions."""
+        return self._read(rows, positions, self, tokens_per_batch=tokens_per_batch)
+
+    def read_features(
+        self,
+        rows: Sequence[TokenIds],
+        positions: Sequence[Sequence[int]],
+        *,
+        tokens_per_batch: int,
+        progress: Progress = no_progress,
+    ) -> list[Tensor]:
+        """What the heads multiply there: for each row [P, F] on the CPU."""
+        return self._read(rows, positions, self.features, tokens_per_batch=tokens_per_batch, progress=progress)
+
+    @torch.no_grad()
+    def _read(
+        self,
+        rows: Sequence[TokenIds],
+        positions: Sequence[Sequence[int]],
+        of: Callable[[Tensor], Tensor],
+        *,
+        tokens_per_batch: int,
+        progress: Progress = no_progress,
+    ) -> list[Tensor]:
+        """What `of` makes of token rows [B, T], at positions of each row; of several processes each reads its share."""
         read: dict[int, Tensor] = {}
         with sharding.gathered(self.model):
-            for batch in own_micro_batches([len(row) for row in rows], tokens_per_batch=tokens_per_batch):
+            batches = own_micro_batches([len(row) for row in rows], tokens_per_batch=tokens_per_batch)
+            num_tokens = [sum(len(rows[b]) for b in batch) for batch in batches]
+            for num_done, batch in enumerate(batches, start=1):
                 token_BT, _ = pad_right([rows[b] for b in batch])
-                scalar_BTM = self(token_BT).cpu()
+                x_BTX = of(token_BT).cpu()
                 for b, row in enumerate(batch):
-                    read[row] = scalar_BTM[b, list(positions[row])]
+                    read[row] = x_BTX[b, list(positions[row])]
+                progress("read features", sum(num_tokens[:num_done]), sum(num_tokens))
         read = distributed.gathered(read)
         return [read[row] for row in range(len(rows))]
 
@@ -255,7 +341,7 @@ class TokenValue(nn.Module):
 
     def forward(self, batch: TreeBatch) -> Tensor:
         """Value of the prefix that ends at each token of each tree: [B, T]."""
-        scalar_BTM = self.q_function.hidden_of_trees(batch) @ self.q_function.heads.T
+        scalar_BTM = self.q_function.scalars(self.q_function.features_of_trees(batch))
         return self.q_function.to_value(scalar_BTM.mean(-1))
 
 
@@ -270,9 +356,21 @@ def load_card(folder: str | Path) -> QFunctionCard:
         raise ValueError(f"{folder}: no Q-function checkpoint (q_function.json is missing)") from None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a Q-function card: {error}") from error
-    if schema != 1 or card.link not in ("identity", "logistic"):
-        raise ValueError(f"{path}: schema {schema!r} with link {card.link!r} is not known to this version")
+    known = card.link in get_args(Link) and card.read_out in get_args(ReadOut)
+    if schema != _SCHEMA or not known or (card.read_out == "mean") != isinstance(card.base, str):
+        raise ValueError(
+            f"{path}: schema {schema!r} with link {card.link!r} and read_out {card.read_out!r} is not known to this version"
+        )
     return card
+
+
+def backbone_of(folder: str | Path) -> str | None:
+    """The model whose frozen weights a Q-function's folder goes without; None where it holds all of its weights.
+
+    Raises:
+        ValueError: with one line where the folder holds no Q-function.
+    """
+    return load_card(folder).base or base_of(folder)
 
 
 def _padded_by_another_than_its_end(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

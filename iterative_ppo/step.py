@@ -21,6 +21,7 @@ from iterative_ppo.from_logs import (
     require_equipment,
     start_policy,
 )
+from iterative_ppo.frozen_features import FeatureCache
 from iterative_ppo.intervals import clustered_interval
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_function import QFunction
@@ -76,18 +77,8 @@ class Step:
 
     def run(self, *, num_folds: int) -> StepResult:
         """Does all stages, or finds them done; no folds with `num_folds` 0."""
-        start = self._stage("start", _START, {}, self._start)
-        stages = {"start": start}
-        for name, key, half in (("fit", _FIT, 0), ("grader", _GRADER, 1)):
-
-            def fit(folder: Path, half: int = half, name: str = name) -> dict[str, Any]:
-                return self._fit(folder, start, self.halves[half], name)
-
-            stages[name] = self._stage(name, key, {"policy": start}, fit)
-        if num_folds:
-            stages["folds"] = self._stage(
-                "folds", _FOLDS, {"policy": start}, lambda _: self._cross_validate(start, num_folds)
-            )
+        stages = self._fits(num_folds)
+        start = stages["start"]
         stages["improve"] = self._stage(
             "improve",
             _IMPROVE,
@@ -102,6 +93,23 @@ class Step:
         )
         return StepResult(stages=stages)
 
+    def _fits(self, num_folds: int) -> dict[str, Stage]:
+        """The start, and all fits to the logs, which share the features of frozen weights."""
+        features = FeatureCache()
+        start = self._stage("start", _START, {}, self._start)
+        stages = {"start": start}
+        for name, key, half in (("fit", _FIT, 0), ("grader", _GRADER, 1)):
+
+            def fit(folder: Path, half: int = half, name: str = name) -> dict[str, Any]:
+                return self._fit(folder, start, self.halves[half], name, features)
+
+            stages[name] = self._stage(name, key, {"policy": start}, fit)
+        if num_folds:
+            stages["folds"] = self._stage(
+                "folds", _FOLDS, {"policy": start}, lambda _: self._cross_validate(start, num_folds, features)
+            )
+        return stages
+
     def _start(self, folder: Path) -> dict[str, Any]:
         logs = self.directory.path / _LOG if self.config.policy.start == "tiny" else None
         # Without outcomes: what a Q is graded on must not be in the weights that it starts from.
@@ -109,7 +117,9 @@ class Step:
         start.save(folder, self.config)
         return start.metrics
 
-    def _fit(self, folder: Path, start: Stage, half: Sequence[int], name: str) -> dict[str, Any]:
+    def _fit(
+        self, folder: Path, start: Stage, half: Sequence[int], name: str, features: FeatureCache
+    ) -> dict[str, Any]:
         fitted = fit_q_from_logs(
             self.config,
             self._load(start),
@@ -118,11 +128,12 @@ class Step:
             seed=self._seed(_FIT if name == "fit" else _GRADER),
             progress=self.progress,
             groups=[self.groups[i] for i in half],
+            features=features,
         )
         fitted.save(folder)
         return fitted.metrics() | {"report": to_json(fitted.report)}
 
-    def _cross_validate(self, start: Stage, num_folds: int) -> dict[str, Any]:
+    def _cross_validate(self, start: Stage, num_folds: int, features: FeatureCache) -> dict[str, Any]:
         result = cross_validate(
             self.config,
             self._load(start),
@@ -130,6 +141,7 @@ class Step:
             num_folds=num_folds,
             groups=self.groups,
             seed=self._seed(_FOLDS),
+            features=features,
             progress=self.progress,
         )
         metrics: dict[str, Any] = to_json(result)

@@ -20,10 +20,12 @@ from iterative_ppo.commands import loop, single_stages
 from iterative_ppo.config import QFunctionConfig
 from iterative_ppo.conversation_log import conversation_to_dict
 from iterative_ppo.environments.rollout import RolloutStatistics, collect, collect_scripted
+from iterative_ppo.frozen_features import FeatureCache
 from iterative_ppo.improvement.native import improve
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_fit import fit_q_function, predict
 from iterative_ppo.q_function import QFunction, QFunctionCard, TokenValue
+from iterative_ppo.read_out import fit_read_out
 from iterative_ppo.supervised import no_progress
 
 TOKENS = 128  # several micro-batches a step, and not the same number in each process
@@ -72,6 +74,29 @@ def squared_error_fit(folder: Path) -> Results:
         generator=np.random.default_rng(0),
     )
     return {"weights": weights_of(q_function), "losses": [*history.train_losses, *history.held_out_losses]}
+
+
+def read_out_fit(folder: Path) -> Results:
+    """Each process reads the features of its share, and the heads are fitted to those of all."""
+    logs = make_logs(24, by_response, seed=0)
+    q_function = QFunction.on_base(policy_of(folder).model, link="logistic", num_heads=2)
+    features = FeatureCache()
+    history = fit_read_out(
+        q_function,
+        logs.sequences,
+        held_out=[row >= 17 for row in range(24)],
+        config=QFunctionConfig(num_heads=2, max_passes=2, patience_passes=2),
+        features=features,
+        tokens_per_batch=TOKENS,
+        generator=np.random.default_rng(0),
+        retarget=lambda predictions: [(float(q), 0.5) for q in predictions.q_value[::2]],
+    )
+    return {
+        "weights": weights_of(q_function),
+        "losses": [*history.train_losses, *history.held_out_losses],
+        "q_value": predict(q_function, logs.sequences, tokens_per_batch=TOKENS, features=features).q_value,
+        "q_value_read": predict(q_function, logs.sequences, tokens_per_batch=TOKENS).q_value,
+    }
 
 
 def improvement(folder: Path, algorithm: str, **options: bool) -> Results:
@@ -184,6 +209,7 @@ def saved(folder: Path, out: Path) -> Results:
 CASES: dict[str, Callable[[Path], Results]] = {
     "fit": fit,
     "squared_error_fit": squared_error_fit,
+    "read_out_fit": read_out_fit,
     "ppo": lambda folder: improvement(folder, "ppo"),
     "grpo": lambda folder: improvement(folder, "grpo"),
     "rollouts": rollouts,

@@ -208,7 +208,7 @@ def test_a_step_from_logs_through_adapters(base: Path, tmp_path: Path):
     config = config_module.from_dict(
         {
             "policy": {"start": str(base), "lora_rank": 4, "context_tokens": 128, "max_response_tokens": 4},
-            "q_function": {"num_heads": 2, "max_passes": 2},
+            "q_function": {"num_heads": 2, "max_passes": 2, "trunk": "trained"},
             "improvement": {"num_updates": 1, "prompts_per_update": 8, "learning_rate": 1e-2, "kl_target": 9.0},
         }
     )

@@ -90,7 +90,7 @@ def test_there_really_are_two(two: list[Results]) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["fit", "squared_error_fit", "ppo", "grpo", "sharded_fit", "sharded_ppo", "sharded_grpo"]
+    "case", ["fit", "squared_error_fit", "read_out_fit", "ppo", "grpo", "sharded_fit", "sharded_ppo", "sharded_grpo"]
 )
 def test_two_processes_end_with_the_numbers_of_one(case: str, model: Path, two: list[Results]) -> None:
     one = distributed_worker.CASES[case](model)
@@ -99,7 +99,16 @@ def test_two_processes_end_with_the_numbers_of_one(case: str, model: Path, two: 
 
 
 def test_both_processes_have_the_same_weights_to_the_last_bit(two: list[Results]) -> None:
-    for case in ("fit", "squared_error_fit", "ppo", "grpo", "sharded_fit", "sharded_ppo", "sharded_grpo"):
+    for case in (
+        "fit",
+        "squared_error_fit",
+        "read_out_fit",
+        "ppo",
+        "grpo",
+        "sharded_fit",
+        "sharded_ppo",
+        "sharded_grpo",
+    ):
         first, second = (results[case]["weights"] for results in two)
         assert tiny.largest_difference(first, second) == 0, case
 

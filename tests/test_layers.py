@@ -39,8 +39,10 @@ LAYERS: list[dict[str, str]] = [
         "supervised": "batching distributed muon sharding",
         "shared_prefix": "batching",
         "policy": "activation_checkpointing adapters batching config distributed losses rendering sampling shared_prefix sharding supervised",
-        "q_function": "activation_checkpointing adapters batching distributed losses shared_prefix sharding",
-        "q_fit": "batching config distributed losses q_function sharding supervised",
+        "q_function": "activation_checkpointing adapters batching distributed losses shared_prefix sharding supervised",
+        "frozen_features": "adapters q_function supervised",
+        "q_fit": "batching config distributed frozen_features losses q_function sharding supervised",
+        "read_out": "config distributed frozen_features losses q_fit q_function supervised",
         "q_report": "intervals q_fit",
         "text_baseline": "conversations",
     },
@@ -84,7 +86,7 @@ LAYERS: list[dict[str, str]] = [
 """Every unit, a line each, with the units that it may import directly. A unit is a module or a package."""
 
 TURNS = {"conversations", "conversation_checks", "conversation_log", "log_summary", "returns", "text_baseline"}
-Q = {"q_function", "q_fit", "q_report"}
+Q = {"q_function", "frozen_features", "q_fit", "read_out", "q_report"}
 NEVER = {
     "improvement": TURNS | Q | {"environments"},
     "environments": Q | {"improvement", "returns"},
@@ -95,6 +97,7 @@ NEVER = {
     "shared_prefix": TURNS | Q | {"improvement", "environments"},
     "q_function": TURNS | {"improvement", "environments", "policy"},
     "q_fit": TURNS | {"improvement", "environments", "policy"},
+    "read_out": TURNS | {"improvement", "environments", "policy"},
     "q_report": TURNS | {"improvement", "environments", "policy"},
     "report": {"serve"},
     "serve": {"report"},

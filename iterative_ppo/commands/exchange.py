@@ -13,7 +13,7 @@ from iterative_ppo.export import Stack, export_step
 from iterative_ppo.import_candidate import import_candidate
 from iterative_ppo.open_step import OpenStep, find_open_step
 from iterative_ppo.policy import Policy
-from iterative_ppo.q_function import QFunction, load_card
+from iterative_ppo.q_function import QFunction, backbone_of, load_card
 from iterative_ppo.q_scoring import QScorer
 from iterative_ppo.run_directory import to_json
 
@@ -78,14 +78,15 @@ def run_merge(config: Config, source: Path, out: Path, *, console: Console) -> d
     """A plain folder from a policy's or a Q-function's adapter folder."""
     is_q_function = (source / "q_function.json").is_file()
     folder = str(source) if is_q_function else policy_folder(str(source))
-    base = base_of(folder)
+    base = backbone_of(folder) if is_q_function else base_of(folder)
     if base is None:
         raise ValueError(f"{folder}: holds no adapter: there is nothing to merge")
-    empty_folder(out)
     if is_q_function:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        QFunction.load(folder).merged().save(out, load_card(folder), tokenizer)
+        q_function, tokenizer = QFunction.load(folder).merged(), AutoTokenizer.from_pretrained(folder)
+        empty_folder(out)
+        q_function.save(out, load_card(folder), tokenizer)
     else:
+        empty_folder(out)
         Policy.load(folder, config.policy).merged().save(out)
     console.print(f"{out}: {folder} merged into {base}", highlight=False)
     return {"out": str(out), "base": base}

@@ -23,6 +23,7 @@ from iterative_ppo.conversations import Conversation
 from iterative_ppo.cross_validation import cross_validate, group_names
 from iterative_ppo.environments.rollout import RolloutStatistics, collect
 from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, load_q_function
+from iterative_ppo.frozen_features import FeatureCache
 from iterative_ppo.intervals import mean_interval
 from iterative_ppo.run_directory import to_json, write_log
 from iterative_ppo.stages import gate, total_reward
@@ -96,6 +97,7 @@ def run_fit(
         empty_folder(out)
     groups = group_names(conversations, group)
     result: dict[str, Any] = {}
+    features = FeatureCache()
     if num_folds:
         folds = cross_validate(
             config,
@@ -104,6 +106,7 @@ def run_fit(
             num_folds=num_folds,
             groups=groups,
             seed=config.seed,
+            features=features,
             progress=progress,
         )
         result |= to_json(folds)
@@ -117,6 +120,7 @@ def run_fit(
             seed=config.seed,
             progress=progress,
             groups=groups,
+            features=features,
         )
         fitted.save(out)
         report.print_q_report(fitted.report, console)

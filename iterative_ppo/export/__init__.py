@@ -42,9 +42,14 @@ def export_step(step: OpenStep, stack: Stack, out: Path) -> dict[str, Any]:
         out: an empty folder.
 
     Raises:
-        ValueError: policy and Q-function do not share a tokenizer, no prompt can be handed over exactly, or the stack
-            needs what is not installed.
+        ValueError: policy and Q-function do not share a tokenizer, no prompt can be handed over exactly, the stack cannot
+            read such a Q-function, or it needs what is not installed.
     """
+    if load_card(step.q_function).read_out == "mean":
+        raise ValueError(
+            f"{step.q_function}: reads a mean over the conversation from a frozen model, and no checkpoint of {stack} can: "
+            'fit Q with q_function.trunk = "trained"; as it is, `ippo serve-q` gives its rewards over HTTP'
+        )
     if stack == "verl":
         require_extra("export", needed_by="export verl")
     partial = out.with_name(f".{out.name}.partial")

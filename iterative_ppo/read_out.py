@@ -1,0 +1,305 @@
+"""Fitting a read-out of a frozen trunk: heads alone, on features that one pass over the logs gives.
+
+The trunk says at every token what it makes of the conversation, h_t and the mean of h over all tokens before it; what it
+says does not change, so every ensemble member, penalty, fold and TD(lambda) return is a regression on the same numbers.
+N positions that are read, F features without the constant, M ensemble members.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iterative_ppo import distributed, losses
+from iterative_ppo.config import QFunctionConfig
+from iterative_ppo.frozen_features import FeatureCache
+from iterative_ppo.q_fit import (
+    LabelledSequence,
+    Predictions,
+    bootstrap_weights,
+    predict,
+    require_returns_for,
+    unit_of,
+)
+from iterative_ppo.q_function import QFunction
+from iterative_ppo.supervised import FitHistory, Progress, no_progress
+
+_PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(4, -9, -1))  # from 100 to 0.0001
+_PATIENCE_PENALTIES = 3
+_NUM_BETWEEN = 3
+_MOST_STEPS = 100
+_SMALLEST_DEVIATION = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadOutHistory(FitHistory):
+    """Losses by pass, of which there is one but for TD(lambda), and how the penalty was chosen.
+
+    Example:
+        ReadOutHistory(train_losses=(0.58,), held_out_losses=(0.69, 0.61), best_pass=1, penalty=1.0,
+                       penalty_losses={"10": 0.64, "1": 0.61, "0.1": 0.63})
+
+    `held_out_losses` are of the ensemble's Q, and begin with the constant: the mean return of each member's conversations.
+    """
+
+    penalty: float
+    penalty_losses: dict[str, float]
+    """Held-out loss by penalty, from the strongest to where it had got worse for a while."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Points:
+    """Positions with their standardised features, a row each."""
+
+    feature_NF: Tensor
+    weight_NM: Tensor
+    target_N: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Heads:
+    """scalar = weight · standardised features + bias, for each member; float64."""
+
+    weight_MF: Tensor
+    bias_M: Tensor
+
+    def scalars(self, feature_NF: Tensor) -> Tensor:
+        return (feature_NF @ self.weight_MF.float().T).double() + self.bias_M
+
+
+def read_positions(sequence: LabelledSequence) -> list[int]:
+    """Where a sequence is read: each state, a few tokens of each response, and its end."""
+    return [position for position, *_ in _places(sequence)]
+
+
+def fit_read_out(
+    q_function: QFunction,
+    sequences: Sequence[LabelledSequence],
+    *,
+    held_out: Sequence[bool],
+    config: QFunctionConfig,
+    features: FeatureCache,
+    tokens_per_batch: int,
+    generator: np.random.Generator,
+    retarget: Callable[[Predictions], list[tuple[float, ...]]] | None = None,
+    progress: Progress = no_progress,
+) -> ReadOutHistory:
+    """Regresses Q's heads on the returns by L-BFGS: Σ w loss / Σ w + penalty/2 |weights|², in standardised features.
+
+    What is read weighs as in `fit_q_function`: the end of a response 1, the state before it 1, a few tokens in between 1
+    together; and each ensemble member has its bootstrap of the conversations. HL-Gauss, which is a way to train a trunk,
+    is squared error here. The penalty is that of the lowest held-out loss of Q at the responses' ends.
+
+    Args:
+        q_function: a read-out of a frozen trunk; its heads are set.
+        held_out: the sequences that choose the penalty, always by their returns as given.
+        features: what is known of the trunk's features; what is lacking is computed and kept there.
+        retarget: makes new targets of the training sequences from Q's present predictions on them (TD(λ) returns);
+            asked before every pass but the first, of `max_passes` at most.
+
+    Raises:
+        ValueError: returns outside [0, 1] with the logistic link.
+    """
+    require_returns_for(q_function.link, np.concatenate([sequence.returns for sequence in sequences]))
+    assert any(held_out), "nothing to choose a penalty by"
+    weight_of = bootstrap_weights(sequences, num_heads=q_function.heads.shape[0], generator=generator)
+    read = features.of(
+        q_function,
+        [sequence.token_ids for sequence in sequences],
+        [read_positions(sequence) for sequence in sequences],
+        tokens_per_batch=tokens_per_batch,
+        progress=progress,
+    )
+
+    def fit() -> tuple[Tensor, ReadOutHistory]:
+        regression = _Regression(q_function, sequences, read, held_out, weight_of, config)
+        history = regression.fit(
+            retarget,
+            lambda train: predict(q_function, train, tokens_per_batch=tokens_per_batch, features=features),
+            progress,
+        )
+        return q_function.heads.detach().cpu(), history
+
+    heads, history = distributed.on_main(fit)
+    with torch.no_grad():
+        q_function.heads.copy_(heads)
+    return history
+
+
+class _Regression:
+    """The heads' regression on features that stay as they are, in the processor's memory."""
+
+    def __init__(
+        self,
+        q_function: QFunction,
+        sequences: Sequence[LabelledSequence],
+        read: Sequence[Tensor],
+        held_out: Sequence[bool],
+        weight_of: dict[str, Tensor],
+        config: QFunctionConfig,
+    ) -> None:
+        self.q_function = q_function
+        self.config = config
+        self.is_cross_entropy = config.loss == "binary_cross_entropy"
+        returns = np.concatenate([sequence.returns for sequence in sequences])
+        self.unit = 1.0 if q_function.link == "logistic" else unit_of(returns)
+        rows = range(len(sequences))
+        train_rows = [row for row in rows if not held_out[row]]
+        self.train = [sequences[row] for row in train_rows]
+        feature_NF = torch.cat([read[row][:, :-1] for row in train_rows])
+        variance_F, self.mean_F = torch.var_mean(feature_NF, dim=0, correction=0)
+        deviation_F = variance_F.sqrt()
+        self.deviation_F = deviation_F.where(deviation_F > _SMALLEST_DEVIATION, 1.0)
+        self.points = _Points(
+            feature_NF=self._standardised(feature_NF),
+            weight_NM=torch.cat([_weights(s)[:, None] * weight_of[s.group] for s in self.train]).double(),
+            target_N=self._targets([sequence.returns for sequence in self.train]),
+        )
+        out = [row for row in rows if held_out[row]]
+        is_end = [torch.tensor([is_end for *_, is_end in _places(sequences[row])]) for row in out]
+        feature_NF = torch.cat([read[row][own, :-1] for row, own in zip(out, is_end, strict=True)])
+        target_N = torch.cat([_targets(s, s.returns) for s in (sequences[row] for row in out)])[torch.cat(is_end)]
+        self.held_out = _Points(
+            feature_NF=self._standardised(feature_NF),
+            weight_NM=torch.ones(len(target_N), 1, dtype=torch.float64),
+            target_N=target_N / self.unit,
+        )
+
+    def fit(
+        self,
+        retarget: Callable[[Predictions], list[tuple[float, ...]]] | None,
+        predict_on: Callable[[Sequence[LabelledSequence]], Predictions],
+        progress: Progress,
+    ) -> ReadOutHistory:
+        """Leaves the Q-function with the best pass's heads; the constant's, where none is better."""
+        constant = self._constant()
+        held_out_losses = [self._held_out_loss(constant)]
+        penalty, heads, penalty_losses = self._search(constant, progress)
+        held_out_losses.append(penalty_losses[f"{penalty:g}"])
+        train_losses = [self._train_loss(heads, self.points)]
+        best_pass = int(held_out_losses[1] < held_out_losses[0])
+        best = heads if best_pass else constant
+        self._set(heads)
+        for pass_ in range(2, self.config.max_passes + 1):
+            if retarget is None:
+                break
+            targets = retarget(predict_on(self.train))
+            points = replace(self.points, target_N=self._targets(targets))
+            heads = self._minimised(heads, points, penalty)
+            self._set(heads)
+            train_losses.append(self._train_loss(heads, points))
+            held_out_losses.append(self._held_out_loss(heads))
+            if held_out_losses[-1] < held_out_losses[best_pass]:
+                best_pass, best = pass_, heads
+            elif pass_ - max(best_pass, 1) >= self.config.patience_passes:
+                break
+        self._set(best)
+        return ReadOutHistory(
+            train_losses=tuple(train_losses),
+            held_out_losses=tuple(held_out_losses),
+            best_pass=best_pass,
+            penalty=penalty,
+            penalty_losses=penalty_losses,
+        )
+
+    def _search(self, start: _Heads, progress: Progress) -> tuple[float, _Heads, dict[str, float]]:
+        """The penalty of the lowest held-out loss, its heads, and the losses of all that were tried."""
+        found: list[float] = []
+        heads = best = start
+        for place, penalty in enumerate(_PENALTIES):
+            heads = self._minimised(heads, self.points, penalty)
+            found.append(self._held_out_loss(heads))
+            if found[-1] == min(found):
+                best = heads
+            elif place - int(np.argmin(found)) >= _PATIENCE_PENALTIES:
+                break
+            progress("fit Q", place + 1, len(_PENALTIES))
+        progress("fit Q", len(_PENALTIES), len(_PENALTIES))
+        tried = dict(zip((f"{penalty:g}" for penalty in _PENALTIES), found, strict=False))
+        return _PENALTIES[int(np.argmin(found))], best, tried
+
+    def _constant(self) -> _Heads:
+        """Each member's mean return, whatever the features."""
+        weight_NM = self.points.weight_NM
+        mean_M = (weight_NM * self.points.target_N[:, None]).sum(0) / weight_NM.sum(0).clamp(min=1e-12)
+        if self.q_function.link == "logistic":
+            mean_M = mean_M.clamp(1e-3, 1 - 1e-3).logit()
+        num_features = self.points.feature_NF.shape[1]
+        return _Heads(weight_MF=torch.zeros(len(mean_M), num_features, dtype=torch.float64), bias_M=mean_M)
+
+    def _minimised(self, start: _Heads, points: _Points, penalty: float) -> _Heads:
+        heads = _Heads(weight_MF=start.weight_MF.clone().requires_grad_(), bias_M=start.bias_M.clone().requires_grad_())
+        optimizer = torch.optim.LBFGS(
+            [heads.weight_MF, heads.bias_M],
+            max_iter=_MOST_STEPS,
+            tolerance_grad=1e-6,
+            tolerance_change=1e-9,
+            line_search_fn="strong_wolfe",
+        )
+
+        def objective() -> Tensor:
+            optimizer.zero_grad()
+            total = self._member_losses(heads, points).sum() + penalty / 2 * heads.weight_MF.square().sum()
+            total.backward()
+            return total.detach()
+
+        with torch.enable_grad():
+            optimizer.step(objective)
+        return _Heads(weight_MF=heads.weight_MF.detach(), bias_M=heads.bias_M.detach())
+
+    def _member_losses(self, heads: _Heads, points: _Points) -> Tensor:
+        """Every member's weighted mean loss."""
+        scalar_NM = heads.scalars(points.feature_NF)
+        target_NM = points.target_N[:, None].expand_as(scalar_NM)
+        if self.is_cross_entropy:
+            loss_NM = losses.binary_cross_entropy(scalar_NM, target_NM)
+        else:
+            loss_NM = losses.squared_error(self.q_function.to_value(scalar_NM), target_NM)
+        return (loss_NM * points.weight_NM).sum(0) / points.weight_NM.sum(0).clamp(min=1e-12)
+
+    @torch.no_grad()
+    def _train_loss(self, heads: _Heads, points: _Points) -> float:
+        return float(self._member_losses(heads, points).mean())
+
+    @torch.no_grad()
+    def _held_out_loss(self, heads: _Heads) -> float:
+        """Of Q, which is the mean head's: each member has seen a part of the conversations, and by itself is worse."""
+        mean = _Heads(weight_MF=heads.weight_MF.mean(0, keepdim=True), bias_M=heads.bias_M.mean(0, keepdim=True))
+        return float(self._member_losses(mean, self.held_out))
+
+    @torch.no_grad()
+    def _set(self, heads: _Heads) -> None:
+        """Gives the Q-function heads for features and returns in their own units."""
+        weight_MF = heads.weight_MF / self.deviation_F
+        constant_M = heads.bias_M - weight_MF @ self.mean_F.double()
+        self.q_function.heads.copy_(self.unit * torch.cat([weight_MF, constant_M[:, None]], dim=1))
+
+    def _standardised(self, feature_NF: Tensor) -> Tensor:
+        """In place: it is the largest thing here."""
+        return feature_NF.sub_(self.mean_F).div_(self.deviation_F)
+
+    def _targets(self, targets: Sequence[tuple[float, ...]]) -> Tensor:
+        """Of every training point, in the fit's unit."""
+        target_N = torch.cat([_targets(s, target) for s, target in zip(self.train, targets, strict=True)])
+        return target_N.clamp(0, 1) if self.q_function.link == "logistic" else target_N / self.unit
+
+
+def _places(sequence: LabelledSequence) -> Iterator[tuple[int, int, float, bool]]:
+    """Position, span, weight and whether it is the end of a response, of all that is read."""
+    for span, (start, end) in enumerate(sequence.spans):
+        yield start - 1, span, 1.0, False
+        num_between = min(_NUM_BETWEEN, max(end - 1 - start, 0))
+        for position in np.linspace(start - 1, end - 1, num_between + 2)[1:-1].round().astype(int).tolist():
+            yield position, span, 1.0 / num_between, False
+        if end > start:
+            yield end - 1, span, 1.0, True
+
+
+def _weights(sequence: LabelledSequence) -> Tensor:
+    return torch.tensor([weight for _, _, weight, _ in _places(sequence)])
+
+
+def _targets(sequence: LabelledSequence, targets: tuple[float, ...]) -> Tensor:
+    return torch.tensor([targets[span] for _, span, *_ in _places(sequence)], dtype=torch.float64)

@@ -1,0 +1,547 @@
+"""Q as a read-out of frozen weights: what is read, how the heads are fitted, and that one pass is enough for everything."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from logs import assistant, record, user, write_lines
+from rich.console import Console
+from sklearn.linear_model import LogisticRegression
+from test_adapters import base as base  # a model that is trained through adapters
+from test_adapters import improved, load, small_models_have_adapters
+from test_q_function import CARD, Logs, all_turns_of, by_response, by_state_alone, make_logs
+from test_shared_prefix import conversation_rows, unzip
+
+from iterative_ppo import config as config_module
+from iterative_ppo import policy as policy_module
+from iterative_ppo.batching import pad_right
+from iterative_ppo.commands import exchange, loop, single_stages
+from iterative_ppo.config import Config, ConfigError, QFunctionConfig
+from iterative_ppo.conversation_log import read_conversations
+from iterative_ppo.cross_validation import cross_validate
+from iterative_ppo.export import export_step
+from iterative_ppo.from_logs import fit_q_from_logs, load_q_and_renderer
+from iterative_ppo.frozen_features import FeatureCache
+from iterative_ppo.open_step import find_open_step
+from iterative_ppo.q_fit import LabelledSequence, Predictions, bootstrap_weights, predict, predict_after_share
+from iterative_ppo.q_function import Link, QFunction, TokenValue, load_card
+from iterative_ppo.q_scoring import QScorer
+from iterative_ppo.read_out import ReadOutHistory, fit_read_out, read_positions
+from iterative_ppo.shared_prefix import tree_batches
+
+__all__ = ["small_models_have_adapters"]
+
+TOKENS = 1024
+TOLERANCE = 1e-5
+QUIET: dict[str, Any] = {"console": Console(quiet=True), "progress": lambda *_: None}
+
+
+def on_base(folder: Path, *, link: Link = "logistic", num_heads: int = 1) -> QFunction:
+    """With random heads, as after a fit."""
+    q_function = QFunction.on_base(load(folder).model, link=link, num_heads=num_heads)
+    with torch.no_grad():
+        q_function.heads.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    return q_function
+
+
+def fit(
+    q_function: QFunction,
+    logs: Logs,
+    *,
+    num_train: int,
+    features: FeatureCache | None = None,
+    retarget: Callable[[Predictions], list[tuple[float, ...]]] | None = None,
+    **settings: object,
+) -> ReadOutHistory:
+    return fit_read_out(
+        q_function,
+        logs.sequences,
+        held_out=[row >= num_train for row in range(len(logs.sequences))],
+        config=QFunctionConfig(**({"link": q_function.link} | settings)),
+        features=features or FeatureCache(),
+        tokens_per_batch=TOKENS,
+        generator=np.random.default_rng(0),
+        retarget=retarget,
+    )
+
+
+# --- what is read -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_features_are_the_state_the_mean_of_what_it_sees_and_1(base: Path):
+    """Two rows, one of them padded by three: at its third token the mean is of three tokens, whatever comes behind."""
+    q_function = on_base(base)
+    rows = [(tiny.USER, tiny.A, tiny.B), (tiny.USER, tiny.C, tiny.D, tiny.E, tiny.A, tiny.END)]
+    token_BT, _ = pad_right(rows)
+    hidden_BTD, feature_BTF = q_function.hidden(token_BT), q_function.features(token_BT)
+    for b, row in enumerate(rows):
+        for t in range(len(row)):
+            mean_D = sum(hidden_BTD[b, s] for s in range(t + 1)) / (t + 1)
+            expected_F = torch.cat([hidden_BTD[b, t], mean_D, torch.ones(1)])
+            np.testing.assert_allclose(feature_BTF[b, t], expected_F, rtol=0, atol=TOLERANCE)
+            alone_F = q_function.features(torch.tensor([row[: t + 1]]))[0, -1]
+            np.testing.assert_allclose(feature_BTF[b, t], alone_F, rtol=0, atol=TOLERANCE)
+    width = hidden_BTD.shape[2]
+    over_padding_D = hidden_BTD[0].mean(0)
+    assert (feature_BTF[0, 2, width : 2 * width] - over_padding_D).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_a_mean_over_a_long_row_is_exact(base: Path):
+    q_function = on_base(base)
+    hidden_BTD = 100 + torch.randn(1, 20_000, 2, generator=torch.Generator().manual_seed(0))
+    mean_D = q_function.features_of(hidden_BTD)[0, -1, 2:4]
+    np.testing.assert_allclose(mean_D, hidden_BTD[0].double().mean(0), rtol=1e-7)
+
+
+@torch.no_grad()
+def test_trees_are_read_as_rows(base: Path):
+    """Three turns and three responses to each, in trees: a branch's mean is over its own prompt and itself. Over all
+    columns before it, those of the other branches included, it would be another."""
+    q_function = on_base(base, num_heads=2)
+    prompts, responses = unzip(conversation_rows(0, num_samples=3))
+    together = q_function.ensemble_scalars(prompts, responses, tokens_per_batch=TOKENS)
+    alone = torch.stack(
+        [
+            q_function(torch.tensor([prompt + response]))[0, -1]
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+    )
+    np.testing.assert_allclose(together, alone, rtol=0, atol=TOLERANCE)
+    [(rows, batch)] = tree_batches(prompts, responses, tokens_per_batch=10_000)
+    assert batch.attention_BTT is not None
+    own = q_function.features_of_trees(batch)
+    wrong = q_function.features_of(own[..., : own.shape[-1] // 2])
+    np.testing.assert_allclose(q_function.scalars(batch.end(own)), alone[rows], rtol=0, atol=TOLERANCE)
+    assert (q_function.scalars(batch.end(wrong)) - alone[rows]).abs().max() > 0.01
+
+
+def test_the_token_value_ends_in_q(base: Path):
+    q_function = on_base(base, num_heads=3)
+    prompts, responses = all_turns_of(make_logs(3, by_response, seed=2).sequences)
+    q_value = q_function.values(prompts, responses, tokens_per_batch=TOKENS)
+    state_value = q_function.values([p[:-1] for p in prompts], [p[-1:] for p in prompts], tokens_per_batch=TOKENS)
+    with torch.no_grad():
+        [(rows, batch)] = tree_batches(prompts, responses, tokens_per_batch=TOKENS)
+        value_BT = TokenValue(q_function)(batch)
+    np.testing.assert_allclose(batch.end(value_BT), q_value[rows], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(batch.before(value_BT)[:, 0], state_value[rows], rtol=0, atol=TOLERANCE)
+
+
+def sequence_of(spans: Sequence[tuple[int, int]], num_tokens: int) -> LabelledSequence:
+    return LabelledSequence(
+        token_ids=tuple(range(num_tokens)),
+        spans=tuple(spans),
+        turns=tuple(range(len(spans))),
+        returns=tuple(float(i) for i in range(len(spans))),
+        conversation=0,
+        group="c",
+        messages_seen=tuple(range(len(spans))),
+        num_messages=len(spans),
+    )
+
+
+def test_a_state_a_few_tokens_of_a_response_and_its_end_are_read():
+    """
+    a response of ten tokens, one of one, and the conversation's end    . . [2 ... 11] . [13] . |
+    """
+    sequence = sequence_of([(2, 12), (13, 14), (15, 15)], 15)
+    assert read_positions(sequence) == [1, *(4, 6, 8), 11, 12, 13, 14]
+    short = sequence_of([(1, 3), (5, 9)], 9)
+    assert read_positions(short) == [0, 1, 2, 4, 5, 6, 7, 8], "all tokens, where they are few"
+
+
+# --- the heads ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Design:
+    """The regression's rows, made anew from the definition: standardised features of everything read, and weights."""
+
+    standardised_NF: np.ndarray
+    mean_F: np.ndarray
+    deviation_F: np.ndarray
+    weight_N: np.ndarray
+    group_N: list[str]
+    return_N: np.ndarray
+
+    def scalars(self, heads_MG: torch.Tensor) -> np.ndarray:
+        """[N, M] of heads for features in their own units, the constant last."""
+        feature_NF = self.standardised_NF * self.deviation_F + self.mean_F
+        weights = heads_MG.detach().double().numpy()
+        return np.asarray(feature_NF @ weights[:, :-1].T + weights[:, -1])
+
+
+@torch.no_grad()
+def design(q_function: QFunction, sequences: Sequence[LabelledSequence]) -> Design:
+    features, weights, groups, returns = [], [], [], []
+    for sequence in sequences:
+        feature_TF = q_function.features(torch.tensor([sequence.token_ids]))[0].double().numpy()
+        for (start, end), value in zip(sequence.spans, sequence.returns, strict=True):
+            between = list(range(start, end - 1))
+            assert len(between) <= 3, "all of them are read"
+            for position in (start - 1, *between, end - 1):
+                features.append(feature_TF[position, :-1])
+                weights.append(1 / len(between) if position in between else 1.0)
+                groups.append(sequence.group)
+                returns.append(value)
+    feature_NF = np.array(features)
+    mean_F, deviation_F = feature_NF.mean(0), feature_NF.std(0)
+    return Design(
+        standardised_NF=(feature_NF - mean_F) / deviation_F,
+        mean_F=mean_F,
+        deviation_F=deviation_F,
+        weight_N=np.array(weights),
+        group_N=groups,
+        return_N=np.array(returns),
+    )
+
+
+def test_squared_errors_heads_are_ridge_regressions_each_on_its_bootstrap(base: Path):
+    """(Xᵀ W X / ΣW + λ/2) w = Xᵀ W (y − b) / ΣW with the constant's normal equation beside it, y in standard deviations."""
+    logs = make_logs(60, by_response, seed=0)
+    logs = Logs(
+        sequences=[dataclasses.replace(s, returns=tuple(10 + 3 * x for x in s.returns)) for s in logs.sequences],
+        chance=logs.chance,
+    )
+    q_function = QFunction.on_base(load(base).model, link="identity", num_heads=3)
+    history = fit(q_function, logs, num_train=40, loss="squared_error")
+    d = design(q_function, logs.sequences[:40])
+    unit = np.std([x for s in logs.sequences for x in s.returns])
+    weight_of = bootstrap_weights(logs.sequences, num_heads=3, generator=np.random.default_rng(0))
+    bootstrap_NM = np.stack([weight_of[group].double().numpy() for group in d.group_N])
+    assert set(np.unique(bootstrap_NM)) >= {0, 1, 2}
+    design_NG = np.c_[d.standardised_NF, np.ones(len(d.return_N))]
+    scalar_NM = d.scalars(q_function.heads)
+    for member in range(3):
+        weight_N = d.weight_N * bootstrap_NM[:, member]
+        weight_N = weight_N / weight_N.sum()
+        ridge_GG = history.penalty / 2 * np.diag([1.0] * d.standardised_NF.shape[1] + [0.0])
+        moments_G = design_NG.T @ (weight_N * d.return_N / unit)
+        solution_G = np.linalg.solve(design_NG.T * weight_N @ design_NG + ridge_GG, moments_G)
+        np.testing.assert_allclose(scalar_NM[:, member], unit * design_NG @ solution_G, rtol=0, atol=2e-3 * unit)
+    assert np.abs(scalar_NM[:, 0] - scalar_NM[:, 1]).max() > 0.1 * unit, "members differ"
+
+
+def test_cross_entropys_heads_are_those_of_logistic_regression(base: Path):
+    """scikit-learn minimises |w|²/2 + C Σ w loss: ours with C = 1 / (penalty · ΣW)."""
+    logs = make_logs(300, by_state_alone, seed=0)
+    q_function = QFunction.on_base(load(base).model, link="logistic", num_heads=1)
+    history = fit(q_function, logs, num_train=200)
+    assert history.best_pass == 1
+    d = design(q_function, logs.sequences[:200])
+    other = LogisticRegression(C=1 / (history.penalty * d.weight_N.sum()), tol=1e-8, max_iter=10_000)
+    other.fit(d.standardised_NF, d.return_N, sample_weight=d.weight_N)
+    np.testing.assert_allclose(
+        d.scalars(q_function.heads)[:, 0], other.decision_function(d.standardised_NF), rtol=0, atol=2e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "link"),
+    [
+        ("binary_cross_entropy", "logistic"),
+        ("squared_error", "logistic"),
+        ("squared_error", "identity"),
+        ("hl_gauss", "identity"),
+    ],
+)
+def test_every_loss_learns_from_frozen_weights_which_stay_as_they_are(base: Path, loss: str, link: Link):
+    policy = improved(load(base))
+    before = tiny.weights(policy.model)
+    logs = make_logs(300, by_state_alone, seed=0)
+    q_function = QFunction.on_base(policy.model, link=link, num_heads=5)
+    assert [name for name, p in q_function.named_parameters() if p.requires_grad] == ["heads"]
+    trunk = tiny.weights(q_function.model)
+    history = fit(q_function, logs, num_train=200, loss=loss)
+    assert tiny.largest_difference(tiny.weights(policy.model), before) == 0
+    assert tiny.largest_difference(tiny.weights(q_function.model), trunk) == 0
+    assert history.best_pass == 1
+    assert history.held_out_losses[1] < history.held_out_losses[0]
+    predictions = predict(q_function, logs.sequences[200:], tokens_per_batch=TOKENS)
+    error = np.square(predictions.q_value - logs.chance[400:]).mean()
+    assert error < 0.93 * logs.chance[400:].var()
+
+
+@pytest.mark.parametrize("num_heads", [1, 5])
+def test_the_penalty_is_the_one_of_the_lowest_held_out_loss(base: Path, num_heads: int):
+    """Of the ensemble's Q at the responses' ends, as the report computes it; they begin with that of the training mean."""
+    logs = make_logs(200, by_state_alone, seed=3)
+    q_function = QFunction.on_base(load(base).model, link="logistic", num_heads=num_heads)
+    history = fit(q_function, logs, num_train=140)
+    tried = history.penalty_losses
+    assert history.penalty == pytest.approx(float(min(tried, key=tried.__getitem__)), rel=1e-5)
+    assert next(iter(tried)) == "100"
+    assert 100 > history.penalty > 1e-4, "neither end of the grid"
+    predictions = predict(q_function, logs.sequences[140:], tokens_per_batch=TOKENS)
+
+    def cross_entropy(predicted: np.ndarray) -> float:
+        target = predictions.target
+        return float(-(target * np.log(predicted) + (1 - target) * np.log(1 - predicted)).mean())
+
+    mean = float(np.mean([x for s in logs.sequences[:140] for x in s.returns]))
+    start, chosen = history.held_out_losses
+    assert chosen == pytest.approx(cross_entropy(predictions.q_value), abs=1e-4)
+    assert start == pytest.approx(cross_entropy(np.full(120, mean)), abs=1e-4 if num_heads == 1 else 5e-3)
+
+
+def test_where_nothing_is_to_be_learnt_q_is_the_constant_or_close_to_it(base: Path):
+    logs = make_logs(120, lambda *_: 0.5, seed=4)
+    q_function = QFunction.on_base(load(base).model, link="logistic", num_heads=1)
+    history = fit(q_function, logs, num_train=80)
+    predictions = predict(q_function, logs.sequences, tokens_per_batch=TOKENS)
+    assert history.held_out_losses[history.best_pass] == min(history.held_out_losses)
+    assert predictions.q_value.std() < 0.06
+
+
+def test_returns_beyond_the_link_are_refused(base: Path):
+    logs = make_logs(8, by_response, seed=0)
+    logs.sequences[0] = dataclasses.replace(logs.sequences[0], returns=(2.0, 0.0))
+    with pytest.raises(ValueError, match="outside"):
+        fit(QFunction.on_base(load(base).model, link="logistic", num_heads=1), logs, num_train=6)
+
+
+def test_new_targets_are_fitted_to_the_same_features(base: Path):
+    """TD(λ): asked before every pass but the first, from what Q says by then; the held-out loss stays that of the returns."""
+    logs = make_logs(300, by_state_alone, seed=0)
+    q_function = QFunction.on_base(load(base).model, link="logistic", num_heads=2)
+    asked: list[np.ndarray] = []
+
+    def nothing(predictions: Predictions) -> list[tuple[float, ...]]:
+        asked.append(predictions.q_value)
+        return [(0.25, 0.25)] * 200
+
+    history = fit(q_function, logs, num_train=200, retarget=nothing, max_passes=4, patience_passes=9)
+    assert len(asked) == 3
+    assert asked[0].std() > 0.05, "from the fit to the returns"
+    assert asked[1] == pytest.approx(0.25, abs=0.01), "and then from the fit to what was made of it"
+    assert len(history.held_out_losses) == 5
+    assert history.best_pass == 1
+    kept = predict(q_function, logs.sequences[:200], tokens_per_batch=TOKENS).q_value
+    np.testing.assert_allclose(kept, asked[0], rtol=0, atol=TOLERANCE, err_msg="the best pass is kept")
+    asked.clear()
+    fit(q_function, logs, num_train=200, retarget=nothing, max_passes=4, patience_passes=1)
+    assert len(asked) == 1, "one pass that is no better is enough"
+
+
+# --- one pass -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each row that a trunk was asked for features of."""
+    read: list[int] = []
+    original = QFunction.read_features
+
+    def counted(self: QFunction, rows: Sequence[Any], *arguments: Any, **keywords: Any) -> list[torch.Tensor]:
+        read.extend(map(len, rows))
+        return original(self, rows, *arguments, **keywords)
+
+    monkeypatch.setattr(QFunction, "read_features", counted)
+    return read
+
+
+def test_a_row_is_read_once_and_again_only_elsewhere(base: Path, rows_read: list[int]):
+    q_function, features = on_base(base), FeatureCache()
+    rows = [(tiny.USER, tiny.A, tiny.B, tiny.END), (tiny.USER, tiny.C, tiny.END)]
+
+    def ask(positions: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        return features.of(q_function, rows, positions, tokens_per_batch=TOKENS)
+
+    first = ask([[1, 3], [2]])
+    assert rows_read == [4, 3]
+    again = ask([[3, 1, 3], []])
+    assert rows_read == [4, 3]
+    assert torch.equal(again[0], first[0][[1, 0, 1]])
+    assert again[1].shape == (0, first[0].shape[1])
+    third = ask([[0, 1], [2]])
+    assert rows_read == [4, 3, 4]
+    assert torch.equal(ask([[1, 3], [2]])[0], torch.stack([third[0][1], first[0][1]]))
+    expected = q_function.read_features(rows, [[0, 1], [2]], tokens_per_batch=TOKENS)
+    np.testing.assert_allclose(third[0], expected[0], rtol=0, atol=TOLERANCE)
+
+
+def test_predictions_from_the_cache_are_those_of_a_pass(base: Path):
+    q_function, features = on_base(base, num_heads=2), FeatureCache()
+    sequences = make_logs(20, by_response, seed=6).sequences
+    known, read = (
+        predict(q_function, sequences, tokens_per_batch=TOKENS, features=cache) for cache in (features, None)
+    )
+    np.testing.assert_allclose(known.q_value, read.q_value, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(known.state_value, read.state_value, rtol=0, atol=TOLERANCE)
+    for share in (0.25, 0.5, 1.0):
+        known_after, read_after = (
+            predict_after_share(q_function, sequences, share, tokens_per_batch=TOKENS, features=cache)
+            for cache in (features, None)
+        )
+        assert known_after == pytest.approx(read_after, abs=TOLERANCE)
+
+
+def write_log(path: Path, num_conversations: int = 24) -> Path:
+    """Every conversation has words of its own, and none is shorter than 33 tokens."""
+    generator = np.random.default_rng(0)
+    lines = []
+    for i in range(num_conversations):
+        said = ["".join(generator.choice(list(tiny.LETTERS), 12)) for _ in range(4)]
+        messages = [user(said[0]), assistant(said[1]), user(said[2]), assistant(said[3])]
+        lines.append(record(*messages, id=f"c{i}", outcome=float("a" in said[3])))
+    return write_lines(path, *lines)
+
+
+def config_of(base: Path, **tables: dict[str, Any]) -> Config:
+    settings: dict[str, dict[str, Any]] = {
+        "policy": {"start": str(base), "lora_rank": 4, "context_tokens": 128, "max_response_tokens": 4},
+        "q_function": {"num_heads": 2},
+        "improvement": {"num_updates": 1, "prompts_per_update": 8, "learning_rate": 1e-2, "kl_target": 9.0},
+    }
+    return config_module.from_dict(
+        {name: table | tables.get(name, {}) for name, table in settings.items()}
+        | {name: table for name, table in tables.items() if name not in settings}
+    )
+
+
+def test_folds_from_one_pass_are_those_of_a_pass_each_to_the_last_bit(base: Path, tmp_path: Path, rows_read: list[int]):
+    """With a row a batch: what shares a batch changes the last digits."""
+    conversations = list(read_conversations(write_log(tmp_path / "log.jsonl")))
+    config = config_of(base, compute={"tokens_per_batch": 64})
+    policy = load(base)
+    groups = [f"c{i}" for i in range(24)]
+    shared = FeatureCache()
+    arguments: dict[str, Any] = {"groups": groups, "seed": 0, "progress": lambda *_: None}
+    together = cross_validate(config, policy, conversations, num_folds=3, features=shared, **arguments)
+    assert len(rows_read) == 24, "every conversation once, for three fits and three test folds"
+    assert min(rows_read) > 32
+    alone = fit_q_from_logs(config, policy, conversations, name="p", **arguments)
+    again = fit_q_from_logs(config, policy, conversations, name="p", features=shared, **arguments)
+    assert len(rows_read) == 48, "the fit without the cache reads them again, the one with it nothing"
+    assert torch.equal(alone.q_function.heads, again.q_function.heads)
+    assert dataclasses.asdict(alone.report) == dataclasses.asdict(again.report)
+    separate = cross_validate(config, policy, conversations, num_folds=3, features=FeatureCache(), **arguments)
+    drop_clock = [dataclasses.replace(result, seconds=0.0) for result in (together, separate)]
+    assert drop_clock[0] == drop_clock[1]
+
+
+# --- folders ------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_the_heads_and_the_name_of_the_model(base: Path, tmp_path: Path):
+    """Loaded on the backbone of a policy whose adapter has moved on, and without: the base's values, not the adapter's."""
+    policy = improved(load(base))
+    q_function = on_base(base, num_heads=2)
+    prompts, responses = all_turns_of(make_logs(4, by_response, seed=7).sequences)
+    expected = q_function.ensemble_scalars(prompts, responses, tokens_per_batch=TOKENS)
+    q_function.save(tmp_path / "q", dataclasses.replace(CARD, link="logistic"), policy.tokenizer)
+    assert not [file.name for file in (tmp_path / "q").iterdir() if "model" in file.name or file.name == "config.json"]
+    assert sum(file.stat().st_size for file in (tmp_path / "q").glob("*.safetensors")) < 2000
+    card = load_card(tmp_path / "q")
+    assert (card.read_out, card.base) == ("mean", str(base.resolve()))
+
+    shared, alone = QFunction.load(tmp_path / "q", backbone=policy.model), QFunction.load(tmp_path / "q")
+    by_config, renderer = load_q_and_renderer(tmp_path / "q", config_of(base))
+    for loaded in (shared, alone, by_config):
+        scalars = loaded.ensemble_scalars(prompts, responses, tokens_per_batch=TOKENS)
+        np.testing.assert_allclose(scalars, expected, rtol=0, atol=TOLERANCE)
+    assert renderer.context_tokens == 128
+    scorer = QScorer.load(tmp_path / "q", config_of(base))
+    [reading] = scorer.read([scorer.item(prompts[0], responses[0])])
+    assert reading.q_value == pytest.approx(float(expected[0].mean().sigmoid()), abs=TOLERANCE)
+    frozen = {p.data_ptr() for p in policy.model.parameters() if not p.requires_grad}
+    assert {p.data_ptr() for p in shared.model.base_model.parameters()} <= frozen
+    assert not {p.data_ptr() for p in alone.model.parameters()} & frozen
+
+
+@pytest.mark.parametrize("changed", [{"read_out": "median"}, {"base": None}, {"schema": 1}])
+def test_a_card_that_does_not_say_what_is_read_from_what_is_refused(
+    base: Path, tmp_path: Path, changed: dict[str, Any]
+):
+    on_base(base).save(tmp_path, dataclasses.replace(CARD, link="logistic"), load(base).tokenizer)
+    path = tmp_path / "q_function.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(ValueError, match="not known to this version") as caught:
+        QFunction.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+# --- the commands -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_from_logs(base: Path, tmp_path: Path, dtype: str, rows_read: list[int]):
+    """Fit, grader and folds from one pass over the logs; improvement and grading on the policy's frozen weights."""
+    log = write_log(tmp_path / "log.jsonl")
+    config = config_of(base, compute={"dtype": dtype})
+    read: dict[str, Any] = {"group": None, "bad_lines": "error"}
+    result = loop.run_step(config, log, tmp_path / "run", num_folds=2, resume=False, **read, **QUIET)
+    assert len(rows_read) == 24
+    assert np.isfinite(result["grade"]["q_gain"]["mean"])
+    assert result["fit"]["penalty"] > 0
+    assert len(result["fit"]["held_out_losses"]) == 2
+    for name in ("fit", "grader"):
+        assert load_card(tmp_path / "run" / name / "q_function").base == str(base.resolve())
+    step = find_open_step(tmp_path / "run")
+    for stack in ("verl", "openrlhf", "trl"):
+        with pytest.raises(ValueError, match=r'reads a mean .* q_function\.trunk = "trained"; .*serve-q') as caught:
+            export_step(step, stack, tmp_path / stack)
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / stack).exists()
+    with pytest.raises(ValueError, match="label of a plain model reads one token") as caught:
+        exchange.run_merge(config, step.q_function, tmp_path / "merged", console=QUIET["console"])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_fit_and_improve_by_themselves(base: Path, tmp_path: Path, rows_read: list[int]):
+    log = write_log(tmp_path / "log.jsonl")
+    config, shown = config_of(base), QUIET | {"bad_lines": "error"}
+    fitted = single_stages.run_fit(config, log, str(base), tmp_path / "fit", num_folds=2, group=None, **shown)
+    assert len(rows_read) == 24, "the folds and the fit after them"
+    assert set(fitted["auc"]) == {"25", "50", "75", "100"}
+    q_folder = str(tmp_path / "fit/q_function")
+    improvement = single_stages.run_improve(config, log, str(base), q_folder, tmp_path / "candidate", **shown)
+    assert np.isfinite(improvement["reward_last"])
+
+
+def test_the_loop_fits_the_base_models_features_anew_each_time(base: Path, tmp_path: Path):
+    config = config_of(
+        base,
+        environment={"entry_point": "test_rollout:Game", "max_turns": 3},
+        q_function={"link": "identity", "loss": "squared_error", "return_lambda": 0.5, "max_passes": 2},
+        iterations={"count": 2, "conversations": 16},
+        evaluation={"conversations": 8},
+    )
+    loop.run_iterate(config, tmp_path / "run", resume=False, **QUIET)
+    cards = [load_card(tmp_path / f"run/iteration-00{i}/fit/q_function") for i in (1, 2)]
+    assert {card.base for card in cards} == {str(base.resolve())}
+    assert [card.target for card in cards] == ["td_lambda 0.5"] * 2
+    assert not (tmp_path / "run/iteration-000/start/q_function").exists()
+
+
+def test_who_has_a_frozen_trunk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`auto`: whoever is trained through adapters, unless another stack makes the improvement step."""
+    conversations = list(read_conversations(write_log(tmp_path / "log.jsonl", 8)))
+
+    def read_out(config: Config) -> str:
+        policy = policy_module.Policy.load(base, config.policy)
+        arguments: dict[str, Any] = {"name": "p", "seed": 0, "progress": lambda *_: None}
+        return fit_q_from_logs(config, policy, conversations, **arguments).q_function.read_out
+
+    one_pass = {"max_passes": 1}
+    assert read_out(config_of(base)) == "mean"
+    assert read_out(config_of(base, q_function=one_pass | {"trunk": "trained"})) == "last"
+    assert read_out(config_of(base, q_function=one_pass, policy={"lora_rank": 0})) == "last"
+    external = {"improvement": {"backend": "external"}}
+    assert read_out(config_of(base, q_function=one_pass, **external)) == "last"
+    assert read_out(config_of(base, q_function={"trunk": "frozen"}, **external)) == "mean"
+    with pytest.raises(ConfigError, match=r'q_function\.trunk: "frozen" needs weights that stay'):
+        config_of(base, q_function={"trunk": "frozen"}, policy={"lora_rank": 0})
+    monkeypatch.setattr(policy_module, "_SMALLEST_FOR_ADAPTERS", 10_000_000)
+    assert read_out(config_of(base, q_function=one_pass)) == "last"
+    with pytest.raises(ValueError, match=r'q_function\.trunk: "frozen" is for policies'):
+        read_out(config_of(base, q_function={"trunk": "frozen"}))
