@@ -17,6 +17,7 @@ from iterative_ppo.config import ImprovementConfig
 from iterative_ppo.improvement import native
 from iterative_ppo.improvement.base import Improvement, RewardFunction, UpdateMetrics
 from iterative_ppo.improvement.native import improve, sample_rollout
+from iterative_ppo.improvement.responses import paced_kl_coefficient
 from iterative_ppo.losses import explained_variance, token_entropy
 from iterative_ppo.policy import Policy
 from iterative_ppo.rendering import TokenIds
@@ -482,6 +483,13 @@ def test_an_update_that_goes_too_far_is_taken_in_part():
     assert improvement.stop_reason == "kl_target"
     assert len(improvement.updates) == 1
     assert 0.01 < improvement.kl < 0.2
+
+
+@pytest.mark.parametrize(("kl", "expected"), [(0.1, 0.4), (0.05, 0.2), (0.2, 0.8), (0.4, 0.8)])
+def test_the_budget_follows_a_steady_drift(kl: float, expected: float):
+    """After two of eight updates a sixteenth of a budget of 1.6 is due (and not a quarter)."""
+    config = config_of("ppo", kl_target=1.6, num_updates=8)
+    assert paced_kl_coefficient(0.4, kl, 2, config) == expected
 
 
 def test_the_price_of_kl_follows_the_budget():
