@@ -386,7 +386,9 @@ def test_conformance_of_a_step_of_ones_own(tmp_path: Path) -> None:
         "def lost(policy, prompts, reward, config, seed):\n"
         "    reward(prompts[:1], [(9, 9)])\n"
         "def folder(policy, prompts, reward, config, seed):\n"
-        "    return 'runs/candidate'\n",
+        "    return 'runs/candidate'\n"
+        "def ends(policy, prompts, reward, config, seed):\n"
+        "    raise SystemExit(0)\n",
         encoding="utf-8",
     )
     done = run("conformance", "--backend", "mine:nothing", "--json", folder=tmp_path)
@@ -398,6 +400,7 @@ def test_conformance_of_a_step_of_ones_own(tmp_path: Path) -> None:
     for backend, reason in [
         ("mine:lost", "asked about the tokens [9, 9]"),
         ("mine:folder", "gave back str"),
+        ("mine:ends", "the backend failed: SystemExit: 0"),
         ("mine:none", "has no function none"),
         ("natve", "neither native, trl, a URL nor a function"),
     ]:
