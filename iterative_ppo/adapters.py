@@ -110,15 +110,21 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
         ValueError: the adapter's weights are not those of such a model.
     """
     config = PeftConfig.from_pretrained(str(folder))
+    heads = tuple(f"{_PREFIX}{name}." for name in config.modules_to_save or ()) if config.task_type == "SEQ_CLS" else ()
     config.inference_mode = False
     config.modules_to_save = None
+    if isinstance(config.target_modules, set):  # of the trunk; peft may have written whole paths from the model's root
+        config.target_modules = {name.removeprefix(f"{model.base_model_prefix}.") for name in config.target_modules}
     _inject(model, config)
     prefix = f"{_PREFIX}{model.base_model_prefix}."
-    weights = {
-        name.removeprefix(prefix): weight
-        for name, weight in load_file(Path(folder) / _WEIGHTS_FILE).items()
-        if name.startswith(prefix)
-    }
+    saved = load_file(Path(folder) / _WEIGHTS_FILE)
+    outside = sorted(name for name in saved if not name.startswith((prefix, *heads)))
+    if outside:
+        raise ValueError(
+            f"{Path(folder) / _WEIGHTS_FILE}: holds {outside[0]}, and only adapters of the layers below the head can be loaded; "
+            "merge it into a plain model with peft"
+        )
+    weights = {name.removeprefix(prefix): weight for name, weight in saved.items() if name.startswith(prefix)}
     expected = get_peft_model_state_dict(model.base_model)
     if weights.keys() != expected.keys() or any(weights[name].shape != expected[name].shape for name in weights):
         raise ValueError(f"{Path(folder) / _WEIGHTS_FILE}: not the adapter of {name_of(model)}")

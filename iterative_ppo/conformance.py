@@ -218,7 +218,8 @@ def solve(backend: Backend, problem: Problem, *, algorithm: str, kl_in: str, see
     """log of the candidate's probabilities [S, A].
 
     Raises:
-        BackendError: the backend raised something, or gave back no policy, or one whose probabilities are not finite.
+        BackendError: the backend raised something, or gave back no policy, or one whose probabilities are not finite or do not
+            add up to 1 over the responses.
     """
     config = ImprovementConfig(
         algorithm=algorithm,  # type: ignore[arg-type]  # checked by the configuration
@@ -240,13 +241,19 @@ def solve(backend: Backend, problem: Problem, *, algorithm: str, kl_in: str, see
         candidate = backend(start_policy(seed), list(_PROMPTS), problem.reward, config, seed)
     except BackendError:
         raise
-    except Exception as error:  # a user's code may raise anything
+    except (Exception, SystemExit) as error:  # a user's code may raise anything, and exit(0) must not look like a pass
         raise BackendError(f"the backend failed: {type(error).__name__}: {error}") from error
     if not isinstance(candidate, Policy):
         raise BackendError(f"the backend gave back {type(candidate).__name__}, not a Policy")
     logp_SA = logprobs(candidate)
     if not logp_SA.isfinite().all():
         raise BackendError("the candidate's log-probabilities are not finite: its training has diverged")
+    total_S = logp_SA.exp().sum(1)
+    if not torch.allclose(total_S, torch.ones_like(total_S), atol=1e-3):
+        raise BackendError(
+            f"the candidate says something else than the problem's responses with probability {1 - float(total_S.min()):.3g}: it is "
+            "a policy over another vocabulary"
+        )
     return logp_SA
 
 

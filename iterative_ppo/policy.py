@@ -122,6 +122,11 @@ class Policy:
         missing = sorted(loading["missing_keys"])
         if missing:
             raise ValueError(f"policy {str(source)!r} cannot be loaded: it lacks the weights {', '.join(missing[:3])}")
+        scorer = next((name for name in model.config.architectures or () if name.endswith("Classification")), None)
+        if scorer:  # where embeddings are tied it lacks no weight
+            raise ValueError(
+                f"policy {str(source)!r} cannot be loaded: it is a {scorer}, which scores texts and writes none"
+            )
         if base is None:
             model.requires_grad_(not freezes)
         if checkpoint_activations:

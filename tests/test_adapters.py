@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from logs import assistant, record, user, write_lines
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from test_improvement import PROMPTS, LetterValue, config_of, says_a
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
@@ -196,6 +196,37 @@ def test_the_adapter_of_another_model_is_refused_in_one_line(base: Path, tmp_pat
     with pytest.raises(ValueError, match=r"not the adapter of|not found in the base model") as caught:
         load(tmp_path / "candidate")
     assert "\n" not in str(caught.value)
+
+
+def saved_by_peft(base: Path, folder: Path, **settings: object) -> PeftModel:
+    """An adapter as another stack makes it: peft's own wrapper around the whole model, with random weights."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, **settings))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter.data, std=0.1, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return model.eval()
+
+
+def test_an_adapter_that_peft_made_on_all_layers_is_the_same_here(base: Path, tmp_path: Path):
+    """peft names the layers of a small model by their whole paths."""
+    theirs = saved_by_peft(base, tmp_path / "adapter", target_modules="all-linear")
+    tokens = torch.tensor([[tiny.A, tiny.B, tiny.C]])
+    with torch.no_grad():
+        ours = load(tmp_path / "adapter").model(tokens).logits
+        assert not torch.allclose(ours, load(base).model(tokens).logits, atol=0.01)
+        torch.testing.assert_close(ours, theirs(tokens).logits)
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_with_a_trained_head_is_not_loaded_without_it(settings: dict[str, list[str]], tmp_path: Path):
+    tiny.letter_policy(tiny.llama).save(tmp_path / "base")
+    layers = ["q_proj", *settings.get("target_modules", [])]
+    saved_by_peft(tmp_path / "base", tmp_path / "adapter", **(settings | {"target_modules": layers}))
+    with pytest.raises(ValueError, match=r"lm_head.* only adapters of the layers below the head"):
+        load(tmp_path / "adapter")
 
 
 def test_a_step_from_logs_through_adapters(base: Path, tmp_path: Path):

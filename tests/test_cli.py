@@ -335,6 +335,15 @@ def test_score_writes_q_of_every_decision_point(made: Path, tmp_path: Path) -> N
     assert finished.json["mean_q_value"] == pytest.approx(sum(s["q_value"] for s in scores) / 10)
 
 
+def test_scores_do_not_take_the_place_of_their_log(made: Path, tmp_path: Path) -> None:
+    log = synthetic_log(tmp_path / "log.jsonl", 1)
+    before = log.read_bytes()
+    finished = run("score", "--logs", log, "--q", Q, "--out", log, *SHOP_SETTINGS, folder=made)
+    assert finished.code == 2
+    assert "is the log itself" in finished.stderr
+    assert log.read_bytes() == before
+
+
 def test_fit_needs_something_to_do(made: Path) -> None:
     finished = run("fit", "--logs", LOG, "--policy", START, folder=made)
     assert finished.code == 2
@@ -386,7 +395,9 @@ def test_conformance_of_a_step_of_ones_own(tmp_path: Path) -> None:
         "def lost(policy, prompts, reward, config, seed):\n"
         "    reward(prompts[:1], [(9, 9)])\n"
         "def folder(policy, prompts, reward, config, seed):\n"
-        "    return 'runs/candidate'\n",
+        "    return 'runs/candidate'\n"
+        "def ends(policy, prompts, reward, config, seed):\n"
+        "    raise SystemExit(0)\n",
         encoding="utf-8",
     )
     done = run("conformance", "--backend", "mine:nothing", "--json", folder=tmp_path)
@@ -398,6 +409,7 @@ def test_conformance_of_a_step_of_ones_own(tmp_path: Path) -> None:
     for backend, reason in [
         ("mine:lost", "asked about the tokens [9, 9]"),
         ("mine:folder", "gave back str"),
+        ("mine:ends", "the backend failed: SystemExit: 0"),
         ("mine:none", "has no function none"),
         ("natve", "neither native, trl, a URL nor a function"),
     ]:

@@ -123,6 +123,14 @@ def test_a_step_on_another_problem_fails(backend: conformance.Backend, problem: 
     assert failed(backend, problem) == caught_by
 
 
+def test_a_candidate_over_another_vocabulary_is_not_judged():
+    """What it says beside the listed responses would count as nothing: its KL to the optimum comes out below 0."""
+    wider = start_policy(0)
+    wider.model.resize_token_embeddings(12, mean_resizing=False)
+    with pytest.raises(conformance.BackendError, match="a policy over another vocabulary"):
+        solve(lambda *_: wider, problems(0)["optimum"], algorithm="ppo", kl_in="loss", seed=0)
+
+
 @pytest.mark.slow
 def test_a_group_normalised_loss_is_found_out():
     """GRPO divides the reward by a group's deviation and not a KL in the loss: its price is another one than was set."""

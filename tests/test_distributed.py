@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,11 +19,13 @@ import torch
 from safetensors.torch import load_file
 from test_cli import Finished, run, sets, shop
 from test_resume import assert_same_results
+from torch.distributed.run import get_args_parser
 
 from iterative_ppo import distributed
 from iterative_ppo import policy as policy_module
 from iterative_ppo.policy import Policy
 
+ROOT = Path(__file__).parents[1]
 TOLERANCE = 1e-5
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 Results = dict[str, Any]
@@ -341,6 +345,19 @@ def test_a_mistake_of_all_processes_is_said_once(two_run: tuple[Path, Finished])
     assert finished.code != 0
     [complaint] = [line for line in finished.stderr.splitlines() if line.startswith("ippo:")]
     assert "not empty" in complaint
+
+
+def test_torchrun_takes_every_command_of_the_documents_as_it_stands() -> None:
+    """`torchrun` reads abbreviations of its own options among the script's: `--logs` for `--logs-specs`."""
+    texts = [file.read_text(encoding="utf-8") for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+    lines = "\n".join(texts).replace("\\\n", " ").splitlines()
+    commands = [line.strip() for line in lines if line.startswith("    torchrun ")]
+    commands += [command for text in texts for command in re.findall("`(torchrun -[^`]+)`", text)]
+    assert any("--logs" in command for command in commands)
+    for command in commands:
+        arguments = get_args_parser().parse_args(shlex.split(command)[1:])
+        assert arguments.module
+        assert arguments.training_script == "iterative_ppo", command
 
 
 def test_what_runs_in_one_process_says_so(tmp_path: Path) -> None:

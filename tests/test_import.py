@@ -206,6 +206,14 @@ def test_a_policy_that_has_diverged_is_refused(copy: Path) -> None:
     assert not (copy / "run" / STEP).exists()
 
 
+@pytest.mark.parametrize("model", ["q_function", "critic"])
+def test_a_q_function_or_a_critic_is_not_taken_for_the_policy(model: str, copy: Path) -> None:
+    """Stacks save the critic beside the policy; with tied embeddings its trunk is a whole language model."""
+    shutil.copytree(copy / "export" / model, copy / "other")
+    assert "Classification, which scores texts" in refused(run("import", "run", "--policy", "other", folder=copy))
+    assert not (copy / "run" / STEP).exists()
+
+
 def test_what_is_no_policy_or_no_run_is_refused(copy: Path) -> None:
     assert "cannot be loaded" in refused(run("import", "run", "--policy", "nowhere", folder=copy))
     assert "config.toml is missing" in refused(run("import", "export", "--policy", "export/policy", folder=copy))

@@ -9,6 +9,7 @@ import click
 
 from iterative_ppo import config as config_module
 from iterative_ppo.command_line import options, terminal
+from iterative_ppo.config import ConfigError
 from iterative_ppo.extras import require_extra
 
 
@@ -44,6 +45,8 @@ def score(
     """Write Q, the state's value and the reward of every decision point of a log."""
     config = options.configuration(config_path, assignments)
     options.require_readable(logs)
+    if out.exists() and out.samefile(logs):
+        raise ConfigError(f"--out: {out} is the log itself, which the scores would take the place of")
     if ray is not None:
         require_extra("ray", needed_by="--ray")
     from iterative_ppo.commands.inspection import run_score
