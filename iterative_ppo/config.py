@@ -153,7 +153,7 @@ class ImprovementConfig(_Section):
     """Who does the single-turn improvement step: `native`; `trl`, TRL's RLOO or GRPO trainer (extra `trl`; `ppo` it does not have); or `external`, another stack: the run stops before the step, and `ippo export` and `ippo import` hand it over and take it back."""
     algorithm: Literal["ppo", "grpo", "rloo"] = "ppo"
     """`ppo` has a token-level value baseline; `grpo` and `rloo` compare `num_samples` responses to the same prompt."""
-    num_updates: Count = 5
+    num_updates: Count = 6
     """Batches of fresh responses, at most; the step ends earlier when the KL budget is spent."""
     prompts_per_update: Count = 512
     """Logged prompts answered in each update."""
@@ -163,7 +163,7 @@ class ImprovementConfig(_Section):
     """Gradient passes over each batch of responses."""
     num_minibatches: Count = 4
     """Optimizer steps in each pass."""
-    learning_rate: Positive = 2.5e-4
+    learning_rate: Positive = 2e-4
     """Learning rate of the policy (AdamW)."""
     token_value_learning_rate: NonNegative = 0.0
     """Learning rate of the token value, which starts as Q's own token-level reading. 0 freezes it there."""
