@@ -103,6 +103,11 @@ def base_of(folder: str | Path) -> str | None:
     return str(base)
 
 
+def is_of_classifier(folder: str | Path) -> bool:
+    """Whether an adapter folder is that of a Q-function or another model that scores texts."""
+    return PeftConfig.from_pretrained(str(folder)).task_type == "SEQ_CLS"
+
+
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     """Puts the adapter of a folder on a model without one; it can be trained further.
 
@@ -110,11 +115,17 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
         ValueError: the adapter's weights are not those of such a model.
     """
     config = PeftConfig.from_pretrained(str(folder))
-    heads = tuple(f"{_PREFIX}{name}." for name in config.modules_to_save or ()) if config.task_type == "SEQ_CLS" else ()
+    heads = tuple(f"{_PREFIX}{name}." for name in config.modules_to_save or ()) if is_of_classifier(folder) else ()
     config.inference_mode = False
     config.modules_to_save = None
-    if isinstance(config.target_modules, set):  # of the trunk; peft may have written whole paths from the model's root
-        config.target_modules = {name.removeprefix(f"{model.base_model_prefix}.") for name in config.target_modules}
+
+    def in_trunk(name: str) -> str:  # peft may have written whole paths, from the model's root
+        return name.removeprefix(f"{model.base_model_prefix}.")
+
+    if isinstance(config.target_modules, set):
+        config.target_modules = set(map(in_trunk, config.target_modules))
+    config.rank_pattern = {in_trunk(name): rank for name, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {in_trunk(name): alpha for name, alpha in config.alpha_pattern.items()}
     _inject(model, config)
     prefix = f"{_PREFIX}{model.base_model_prefix}."
     saved = load_file(Path(folder) / _WEIGHTS_FILE)

@@ -85,8 +85,9 @@ def _table(prompts: Sequence[TokenIds], reward: RewardFunction) -> list[dict[str
 def _ask(url: str, question: dict[str, Any]) -> bytes:
     """The body of the answer. A service that is down, full or broken is asked again; one that is slow is not."""
     headers = {"Content-Type": "application/json"}
-    if os.environ.get("IPPO_API_KEY"):
-        headers["Authorization"] = f"Bearer {os.environ['IPPO_API_KEY']}"
+    key = os.environ.get("IPPO_API_KEY", "").strip()
+    if key:  # a header's bytes are spelt in Latin-1, whatever they mean
+        headers["Authorization"] = f"Bearer {key}".encode().decode("latin-1")
     request = urllib.request.Request(url, data=json.dumps(question).encode(), headers=headers)
     give_up_at = time.monotonic() + TIMEOUT_SECONDS
     for attempt in itertools.count(1):

@@ -109,6 +109,8 @@ class Policy:
         """
         try:
             base = adapters.base_of(source)
+            if base is not None and adapters.is_of_classifier(source):
+                raise ValueError("it is the adapter of a classifier, which scores texts and writes none")
             tokenizer = AutoTokenizer.from_pretrained(source)
             freezes = base is not None or _is_trained_by_adapter(source, config)
             model, loading = AutoModelForCausalLM.from_pretrained(

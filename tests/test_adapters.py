@@ -219,6 +219,29 @@ def test_an_adapter_that_peft_made_on_all_layers_is_the_same_here(base: Path, tm
         torch.testing.assert_close(ours, theirs(tokens).logits)
 
 
+def test_ranks_and_scales_of_single_layers_are_peft_s(base: Path, tmp_path: Path):
+    """Given by whole paths, as peft takes them; a scale that is not found would be another one, and silently so."""
+    layer = "model.layers.0.self_attn.q_proj"
+    theirs = saved_by_peft(
+        base,
+        tmp_path / "adapter",
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={layer: 4},
+        alpha_pattern={layer: 64},
+    )
+    tokens = torch.tensor([[tiny.A, tiny.B, tiny.C]])
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "adapter").model(tokens).logits, theirs(tokens).logits)
+
+
+def test_the_adapter_of_a_q_function_is_no_policy(base: Path, tmp_path: Path):
+    policy = load(base)
+    q_function = QFunction.from_policy(policy.model, link="logistic", num_heads=1, pad_id=0, lora_rank=2, seed=0)
+    q_function.save(tmp_path / "q", CARD, policy.tokenizer)
+    with pytest.raises(ValueError, match=r"cannot be loaded: it is the adapter of a classifier"):
+        load(tmp_path / "q")
+
+
 @pytest.mark.parametrize("settings", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_with_a_trained_head_is_not_loaded_without_it(settings: dict[str, list[str]], tmp_path: Path):

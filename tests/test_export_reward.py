@@ -71,6 +71,20 @@ def test_verls_reward_function_sends_the_prompts_token_ids(
     assert headers["Authorization"] == "Bearer secret"
 
 
+def test_a_key_is_sent_byte_by_byte(reward: ModuleType, server: QServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `curl` sends it and `ippo serve-q` compares it: in UTF-8, whatever a header's alphabet, and without blanks around it."""
+    monkeypatch.setenv("IPPO_API_KEY", " schlüssel €\n")
+    reward.ask("/v1/q", {"items": [{"prompt_ids": [5], "response": "hello"}]}, num_rewards=1)
+    [(_, _, headers)] = server.questions
+    assert headers["Authorization"].encode("latin-1") == "Bearer schlüssel €".encode()
+
+
+def test_an_address_that_is_none_is_said_at_once(reward: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IPPO_Q_URL", "localhost:8000")
+    with pytest.raises(reward.RewardError, match="IPPO_Q_URL: localhost:8000/v1/q is no URL"):
+        reward.ask("/v1/q", {}, num_rewards=0)
+
+
 def openrlhf_rewards(endpoint: str, query: str, prompt: str, label: str) -> dict[str, Any]:
     """OpenRLHF 0.11.2's side of the protocol (`openrlhf/utils/agent.py`, SingleTurnAgentExecutor): one response at a time;
     a file's `reward_func` in a thread, or a POST to a URL; then tensors of what came back."""

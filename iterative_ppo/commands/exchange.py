@@ -1,6 +1,7 @@
 """Exchange with other stacks: an improvement step out and its policy back, plain models, Q as a service."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -26,7 +27,8 @@ def run_export(stack: Stack, run: Path, out: Path, *, console: Console) -> dict[
     console.print(f"{out}: {step.name} of {run} for {stack}, {manifest['num_prompts']:,} prompts", highlight=False)
     for reason, count in manifest["num_left_out"].items():
         console.print(f"! {count:,} prompts are left out: {reason}", style="yellow", highlight=False, markup=False)
-    start = f"python {out / 'train.py'}" if stack == "trl" else f"ippo serve-q {run}, and bash {out / 'launch.sh'}"
+    train, launch = quote(str(out / "train.py")), quote(str(out / "launch.sh"))
+    start = f"python {train}" if stack == "trl" else f"ippo serve-q {quote(str(run))}, and bash {launch}"
     console.print(f"next: {start}, in the environment of {stack}", highlight=False, markup=False)
     return {"out": str(out), **to_json({key: value for key, value in manifest.items() if key != "files"})}
 
@@ -55,8 +57,8 @@ def wait_for_import(step: OpenStep, console: Console) -> dict[str, Any]:
     """Says what hands the improvement step to another stack and what takes its result back."""
     console.print(
         f"{step.run / step.name} is to be made by another stack:\n"
-        f"  ippo export verl|openrlhf|trl {step.run} --out EXPORT\n"
-        f"  ippo import {step.run} --policy CANDIDATE\n"
+        f"  ippo export verl|openrlhf|trl {quote(str(step.run))} --out EXPORT\n"
+        f"  ippo import {quote(str(step.run))} --policy CANDIDATE\n"
         f"  {resume_command(step)}",
         highlight=False,
         markup=False,
@@ -66,12 +68,15 @@ def wait_for_import(step: OpenStep, console: Console) -> dict[str, Any]:
 
 def resume_command(step: OpenStep) -> str:
     """What goes on with a run."""
-    command = f"ippo iterate {step.run / 'config.toml'}"
+    run, settings = quote(str(step.run)), quote(str(step.run / "config.toml"))
+    command = f"ippo iterate {settings}"
     if step.is_from_logs:
         arguments = step.arguments()
-        command = f"ippo step --logs {step.run / 'conversations.jsonl'} --config {step.run / 'config.toml'}"
-        command += f" --folds {arguments['folds']}" + (f" --group {arguments['group']}" if arguments["group"] else "")
-    return f"{command} --out {step.run} --resume"
+        command = f"ippo step --logs {quote(str(step.run / 'conversations.jsonl'))} --config {settings}"
+        command += f" --folds {arguments['folds']}" + (
+            f" --group {quote(arguments['group'])}" if arguments["group"] else ""
+        )
+    return f"{command} --out {run} --resume"
 
 
 def run_merge(config: Config, source: Path, out: Path, *, console: Console) -> dict[str, Any]:

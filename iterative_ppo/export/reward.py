@@ -54,10 +54,13 @@ def ask(path: str, question: dict[str, Any], *, num_rewards: int) -> list[float]
     Raises:
         RewardError: no answer after `NUM_ATTEMPTS`, a refusal, or an answer that is not `num_rewards` finite numbers.
     """
-    url = os.environ.get("IPPO_Q_URL", "http://127.0.0.1:8000").rstrip("/") + path
+    url = (os.environ.get("IPPO_Q_URL") or "http://127.0.0.1:8000").rstrip("/") + path
+    if not url.startswith(("http://", "https://")):
+        raise RewardError(f"IPPO_Q_URL: {url} is no URL, as http://127.0.0.1:8000")
     headers = {"Content-Type": "application/json"}
-    if os.environ.get("IPPO_API_KEY"):
-        headers["Authorization"] = f"Bearer {os.environ['IPPO_API_KEY']}"
+    key = os.environ.get("IPPO_API_KEY", "").strip()
+    if key:  # a header's bytes are spelt in Latin-1, whatever they mean
+        headers["Authorization"] = f"Bearer {key}".encode().decode("latin-1")
     request = urllib.request.Request(url, data=json.dumps(question).encode(), headers=headers)
     reason = ""
     for attempt in range(NUM_ATTEMPTS):
