@@ -105,7 +105,7 @@ def base_of(folder: str | Path) -> str | None:
 
 def is_of_classifier(folder: str | Path) -> bool:
     """Whether an adapter folder is that of a Q-function or another model that scores texts."""
-    return PeftConfig.from_pretrained(str(folder)).task_type == "SEQ_CLS"
+    return PeftConfig.from_pretrained(str(folder)).task_type == TaskType.SEQ_CLS
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
@@ -115,7 +115,11 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
         ValueError: the adapter's weights are not those of such a model.
     """
     config = PeftConfig.from_pretrained(str(folder))
-    heads = tuple(f"{_PREFIX}{name}." for name in config.modules_to_save or ()) if is_of_classifier(folder) else ()
+    heads = (
+        tuple(f"{_PREFIX}{name}." for name in config.modules_to_save or ())
+        if config.task_type == TaskType.SEQ_CLS
+        else ()
+    )
     config.inference_mode = False
     config.modules_to_save = None
 

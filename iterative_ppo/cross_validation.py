@@ -64,8 +64,9 @@ def cross_validate(
     conversations = [conversations[i] for i in usable]
     groups = [groups[i] for i in usable]
     fold_N = np.asarray(folds_by_group(groups, num_folds=num_folds, seed=seed))
-    gamma, tokens_per_batch = config.q_function.gamma, config.compute.tokens_per_batch
-    sequences, _ = labelled(conversations, policy, gamma=gamma)
+    tokens_per_batch = config.compute.tokens_per_batch
+    names = [str(i) for i in range(len(conversations))]
+    sequences, _ = labelled(conversations, policy, gamma=config.q_function.gamma, groups=names)
     known = read_frozen_weights(config, policy, sequences, features, progress=progress)
     share_NS = np.full((len(conversations), len(SHARES)), np.nan)
     predictions: list[Predictions] = []
@@ -85,13 +86,11 @@ def cross_validate(
             groups=[groups[i] for i in train],
             features=features,
         )
-        test = np.flatnonzero(fold_N == fold).tolist()
-        names = [str(i) for i in test]
-        sequences, _ = labelled([conversations[i] for i in test], policy, gamma=gamma, groups=names)
-        predictions.append(predict(fitted.q_function, sequences, tokens_per_batch=tokens_per_batch, features=known))
+        test = [sequence for sequence in sequences if fold_N[sequence.conversation] == fold]
+        predictions.append(predict(fitted.q_function, test, tokens_per_batch=tokens_per_batch, features=known))
         for s, share in enumerate(SHARES):
             values = predict_after_share(
-                fitted.q_function, sequences, share, tokens_per_batch=tokens_per_batch, features=known
+                fitted.q_function, test, share, tokens_per_batch=tokens_per_batch, features=known
             )
             for name, value in values.items():
                 share_NS[int(name), s] = value

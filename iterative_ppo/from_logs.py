@@ -3,7 +3,7 @@
 Stages on folders (`stages`), single commands and the step from logs all call these.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,44 +178,67 @@ def fit_q_from_logs(
     def retarget(predictions: Predictions) -> list[tuple[float, ...]]:
         return td_lambda_targets(train, predictions, gamma=q_config.gamma, lambda_=q_config.return_lambda)
 
-    tokens_per_batch = config.compute.tokens_per_batch
-    history: FitHistory
-    if reads_frozen_weights(config, policy):
-        features = features or FeatureCache()
-        q_function = QFunction.on_base(policy.model, link=q_config.link, num_heads=q_config.num_heads)
-        history = fit_read_out(
-            q_function,
-            sequences,
-            held_out=held_out.tolist(),
-            config=q_config,
-            features=features,
-            tokens_per_batch=tokens_per_batch,
-            generator=np.random.default_rng(seed),
-            retarget=None if q_config.return_lambda == 1 else retarget,
-            progress=progress,
-        )
-    else:
-        features = None
-        q_function = _start_of_fit(config, policy, start, seed=seed)
-        history = fit_q_function(
-            q_function,
-            sequences,
-            held_out=held_out.tolist(),
-            config=q_config,
-            is_refit=start is not None,
-            tokens_per_batch=tokens_per_batch,
-            generator=np.random.default_rng(seed),
-            retarget=None if q_config.return_lambda == 1 else retarget,
-            progress=progress,
-        )
+    features = (features or FeatureCache()) if reads_frozen_weights(config, policy) else None
+    q_function, history = _fit(
+        config,
+        policy,
+        sequences,
+        held_out=held_out.tolist(),
+        start=start,
+        seed=seed,
+        features=features,
+        retarget=None if q_config.return_lambda == 1 else retarget,
+        progress=progress,
+    )
     test = [sequence for sequence, out in zip(sequences, held_out, strict=True) if out]
     report = assess(
-        predict(q_function, test, tokens_per_batch=tokens_per_batch, features=features),
+        predict(q_function, test, tokens_per_batch=config.compute.tokens_per_batch, features=features),
         constant=_mean_return(train),
         loss="cross_entropy" if q_config.loss == "binary_cross_entropy" else "squared_error",
     )
     card = _card(q_config, history, report, name)
     return FittedQ(q_function=q_function, policy=policy, card=card, report=report, counts=counts)
+
+
+def _fit(
+    config: Config,
+    policy: Policy,
+    sequences: Sequence[LabelledSequence],
+    *,
+    held_out: Sequence[bool],
+    start: Path | None,
+    seed: int,
+    features: FeatureCache | None,
+    retarget: Callable[[Predictions], list[tuple[float, ...]]] | None,
+    progress: Progress,
+) -> tuple[QFunction, FitHistory]:
+    """A read-out of the frozen weights where there is room for their features, else a Q-function with a trained trunk."""
+    q_config, generator = config.q_function, np.random.default_rng(seed)
+    if features is not None:
+        q_function = QFunction.on_base(policy.model, link=q_config.link, num_heads=q_config.num_heads)
+        return q_function, fit_read_out(
+            q_function,
+            sequences,
+            held_out=held_out,
+            config=q_config,
+            features=features,
+            tokens_per_batch=config.compute.tokens_per_batch,
+            generator=generator,
+            retarget=retarget,
+            progress=progress,
+        )
+    q_function = _start_of_fit(config, policy, start, seed=seed)
+    return q_function, fit_q_function(
+        q_function,
+        sequences,
+        held_out=held_out,
+        config=q_config,
+        is_refit=start is not None,
+        tokens_per_batch=config.compute.tokens_per_batch,
+        generator=generator,
+        retarget=retarget,
+        progress=progress,
+    )
 
 
 def reads_frozen_weights(config: Config, policy: Policy) -> bool:

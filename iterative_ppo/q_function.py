@@ -321,13 +321,15 @@ class QFunction(nn.Module):
         read: dict[int, Tensor] = {}
         with sharding.gathered(self.model):
             batches = own_micro_batches([len(row) for row in rows], tokens_per_batch=tokens_per_batch)
-            num_tokens = [sum(len(rows[b]) for b in batch) for batch in batches]
-            for num_done, batch in enumerate(batches, start=1):
+            num_tokens = sum(len(rows[b]) for batch in batches for b in batch)
+            num_read = 0
+            for batch in batches:
                 token_BT, _ = pad_right([rows[b] for b in batch])
                 x_BTX = of(token_BT).cpu()
                 for b, row in enumerate(batch):
                     read[row] = x_BTX[b, list(positions[row])]
-                progress("read features", sum(num_tokens[:num_done]), sum(num_tokens))
+                num_read += sum(len(rows[b]) for b in batch)
+                progress("read features", num_read, num_tokens)
         read = distributed.gathered(read)
         return [read[row] for row in range(len(rows))]
 

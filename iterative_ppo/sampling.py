@@ -50,7 +50,7 @@ class _GrowingLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if self._buffers is None or end > self._buffers[0].shape[-2]:
-            grown = (_with_room(key_states, end), _with_room(value_states, end))
+            grown = (_with_room(key_states, len(key_states), end), _with_room(value_states, len(value_states), end))
             if start:
                 grown[0][..., :start, :] = self.keys
                 grown[1][..., :start, :] = self.values
@@ -68,8 +68,8 @@ class _GrowingLayer(DynamicLayer):
             part.lazy_initialization(self.keys, self.values)
             num_slots = self.get_seq_length()
             part._buffers = (
-                _with_room(self.keys, num_slots, num_rows=len(index_N)),
-                _with_room(self.values, num_slots, num_rows=len(index_N)),
+                _with_room(self.keys, len(index_N), num_slots),
+                _with_room(self.values, len(index_N), num_slots),
             )
             part.keys, part.values = (buffer[..., :num_slots, :] for buffer in part._buffers)
             torch.index_select(self.keys, 0, index_N, out=part.keys)
@@ -80,11 +80,11 @@ class _GrowingLayer(DynamicLayer):
         self.keys, self.values, self._buffers = keys, values, None
 
 
-def _with_room(states: Tensor, num_slots: int, *, num_rows: int | None = None) -> Tensor:
-    """Memory for a number of slots and a quarter more, and for as many rows as the states have, or as are said."""
-    rows, heads, _, size = states.shape
+def _with_room(states: Tensor, num_rows: int, num_slots: int) -> Tensor:
+    """Memory for rows of such states, with a number of slots and a quarter more."""
+    _, num_heads, _, size = states.shape
     room = max(_CACHE_CHUNK_SLOTS, num_slots // 4)
-    return states.new_empty((rows if num_rows is None else num_rows, heads, num_slots + room, size))
+    return states.new_empty((num_rows, num_heads, num_slots + room, size))
 
 
 class ConversationCache:
