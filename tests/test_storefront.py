@@ -479,6 +479,22 @@ def test_scripted_seller_does_everything_in_every_situation():
         assert min(habits.values()) >= 0.03
 
 
+def test_scripted_seller_offers_convinced_customers_a_discount_sooner_when_they_asked_for_a_deal():
+    environment = Storefront()
+
+    def share_of_discounts(opening):
+        chat = [
+            {"role": "user", "content": reply_text(Reply(opening, "trail"), np.random.default_rng(0))},
+            {"role": "assistant", "content": "take the basic trail shoe"},
+            {"role": "user", "content": reply_text(Reply(Says.CONVINCED, ""), np.random.default_rng(0))},
+        ]
+        texts = [environment.scripted_response(chat, np.random.default_rng(seed)) for seed in range(1000)]
+        return np.mean([read_seller(text).act == Act.OFFER_DISCOUNT for text in texts])
+
+    assert share_of_discounts(Says.OPENS_WITH_NEED) == pytest.approx(0.20, abs=0.05)
+    assert share_of_discounts(Says.OPENS_WITH_NEED_FOR_DEAL) == pytest.approx(0.45, abs=0.05)
+
+
 def test_scripted_seller_copies_the_need_and_reads_the_customer_only():
     environment = Storefront()
     chat = [

@@ -1,7 +1,7 @@
 """The mediocre seller of the storefront who writes the first logs.
 
 It does the sensible thing about half the time and each of the others a few times in a hundred, so its logs
-cover every act in every situation. It reads only what the customer said, and it overlooks who likes a discount.
+cover every act in every situation. It reads only what the customer said.
 """
 
 from collections.abc import Mapping, Sequence
@@ -70,9 +70,19 @@ HABITS: Mapping[str, Mapping[Act, float]] = {
         Act.RECOMMEND: 0.05,
         Act.REASSURE_DURABILITY: 0.05,
         Act.REASSURE_RETURNS: 0.05,
-        Act.OFFER_DISCOUNT: 0.30,
+        Act.OFFER_DISCOUNT: 0.20,
         Act.COMPLIMENT: 0.03,
-        Act.CLOSE: 0.45,
+        Act.CLOSE: 0.55,
+    },
+    "convinced, after a question for a deal": {
+        Act.ASK_NEED: 0.03,
+        Act.ASK_BUDGET: 0.04,
+        Act.RECOMMEND: 0.05,
+        Act.REASSURE_DURABILITY: 0.05,
+        Act.REASSURE_RETURNS: 0.05,
+        Act.OFFER_DISCOUNT: 0.45,
+        Act.COMPLIMENT: 0.03,
+        Act.CLOSE: 0.30,
     },
 }
 """What it does with which probability, by situation."""
@@ -92,11 +102,13 @@ class Notes(NamedTuple):
 
 def take_notes(customer_texts: Sequence[str]) -> Notes:
     """Read what the customer said so far."""
-    situation, need, tier = "", "", ""
+    situation, need, tier, wants_deal = "", "", "", False
     for text in customer_texts:
         reply = read_reply(text)
         need = reply.need or need
         match reply.says:
+            case Says.OPENS_FOR_DEAL | Says.OPENS_WITH_NEED_FOR_DEAL:
+                wants_deal = True
             case Says.TIGHT_BUDGET | Says.TOO_EXPENSIVE:
                 tier = "basic"
             case Says.AMPLE_BUDGET | Says.LUKEWARM:
@@ -106,7 +118,7 @@ def take_notes(customer_texts: Sequence[str]) -> Notes:
             case Says.WORRY_RETURNS:
                 situation = "worried about the fit"
             case Says.CONVINCED:
-                situation = "convinced"
+                situation = "convinced, after a question for a deal" if wants_deal else "convinced"
             case _:
                 pass
     if not situation:
