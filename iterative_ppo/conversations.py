@@ -200,9 +200,23 @@ def split_by_group(groups: Sequence[str], *, held_out_share: float, seed: int) -
     return ranks < min(max(round(held_out_share * num_groups), 1), num_groups - 1)
 
 
-def folds_by_group(groups: Sequence[str], *, num_folds: int, seed: int) -> npt.NDArray[np.int64]:
-    """Gives each row its fold, 0 to num_folds - 1: whole groups, their number equal over the folds within one."""
+def folds_by_group(
+    groups: Sequence[str], outcomes: Sequence[float], *, num_folds: int, seed: int
+) -> npt.NDArray[np.int64]:
+    """Gives each row its fold, 0 to num_folds - 1: whole groups, alike in number and in their outcomes over the folds.
+
+    Left to chance, a fold with more sales than others is predicted from others with fewer; predictions of all folds put
+    together are then ordered worse than those of any one.
+
+    Args:
+        outcomes: one a row; a group's is the mean over its rows.
+    """
     ranks, num_groups = _group_ranks(groups, seed)
     if not 2 <= num_folds <= num_groups:
         raise ValueError(f"num_folds must lie between 2 and the number of groups, {num_groups}, not {num_folds}")
-    return ranks % num_folds
+    mean_outcome = np.bincount(ranks, outcomes) / np.bincount(ranks)
+    generator = np.random.default_rng(seed)
+    dealt = [generator.permutation(num_folds) for _ in range(0, num_groups, num_folds)]
+    fold_of_rank = np.empty(num_groups, dtype=np.int64)
+    fold_of_rank[np.argsort(mean_outcome, kind="stable")] = np.concatenate(dealt)[:num_groups]
+    return fold_of_rank[ranks]

@@ -63,7 +63,8 @@ def cross_validate(
         raise ValueError(f"fewer than {num_folds} conversations (or groups) with a known outcome: no {num_folds} folds")
     conversations = [conversations[i] for i in usable]
     groups = [groups[i] for i in usable]
-    fold_N = np.asarray(folds_by_group(groups, num_folds=num_folds, seed=seed))
+    outcome_N = np.array([sum(turn_rewards(conversation) or ()) for conversation in conversations])
+    fold_N = folds_by_group(groups, outcome_N.tolist(), num_folds=num_folds, seed=seed)
     tokens_per_batch = config.compute.tokens_per_batch
     names = [str(i) for i in range(len(conversations))]
     sequences, _ = labelled(conversations, policy, gamma=config.q_function.gamma, groups=names)
@@ -94,7 +95,6 @@ def cross_validate(
             )
             for name, value in values.items():
                 share_NS[int(name), s] = value
-    outcome_N = np.array([sum(turn_rewards(conversation) or ()) for conversation in conversations])
     is_positive_N = outcome_N == outcome_N.max() if is_binary(outcome_N) else outcome_N > np.median(outcome_N)
     keys = [f"{share:.0%}".removesuffix("%") for share in SHARES]
     return CrossValidation(

@@ -141,16 +141,29 @@ def test_a_split_keeps_groups_whole_whatever_the_order_of_rows(
 @given(GROUPS, st.integers(2, 5), st.integers(0, 2**32))
 @settings(deadline=None, max_examples=100)
 def test_folds_keep_groups_whole_and_even_in_number(groups: list[str], num_folds: int, seed: int) -> None:
+    outcomes = np.random.default_rng(seed).random(len(groups)).tolist()
     if len(set(groups)) < num_folds:
         with pytest.raises(ValueError, match="number of groups"):
-            folds_by_group(groups, num_folds=num_folds, seed=seed)
+            folds_by_group(groups, outcomes, num_folds=num_folds, seed=seed)
         return
-    folds = folds_by_group(groups, num_folds=num_folds, seed=seed)
+    folds = folds_by_group(groups, outcomes, num_folds=num_folds, seed=seed)
     fold = dict(zip(groups, folds.tolist(), strict=True))
     assert [fold[group] for group in groups] == folds.tolist()
     sizes = np.bincount(list(fold.values()), minlength=num_folds)
     assert len(sizes) == num_folds
     assert sizes.max() - sizes.min() <= 1
+
+
+def test_folds_have_outcomes_alike() -> None:
+    outcomes = [1.0] * 20 + [0.0] * 30
+    groups = [str(i) for i in range(50)]
+    splits = [folds_by_group(groups, outcomes, num_folds=5, seed=seed) for seed in range(3)]
+    for folds in splits:
+        assert np.bincount(folds, outcomes).tolist() == [4.0] * 5
+        assert np.bincount(folds).tolist() == [10] * 5
+    assert len({tuple(folds.tolist()) for folds in splits}) == 3
+    dialogues = folds_by_group(["a", "a", "b", "b"], [0, 1, 1, 1], num_folds=2, seed=0).tolist()
+    assert dialogues[0] == dialogues[1] != dialogues[2] == dialogues[3]
 
 
 def test_splits_depend_on_the_seed_and_refuse_impossible_requests() -> None:
@@ -162,6 +175,6 @@ def test_splits_depend_on_the_seed_and_refuse_impossible_requests() -> None:
         with pytest.raises(ValueError, match="between 0 and 1"):
             split_by_group(groups, held_out_share=share, seed=0)
     with pytest.raises(ValueError, match="num_folds"):
-        folds_by_group(groups, num_folds=1, seed=0)
+        folds_by_group(groups, [0.0] * 50, num_folds=1, seed=0)
     with pytest.raises(ValueError, match="at least 2 groups"):
         split_by_group([], held_out_share=0.2, seed=0)
