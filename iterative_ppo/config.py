@@ -111,7 +111,7 @@ class PolicyConfig(_Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IterationsConfig(_Section):
-    count: Count = 6
+    count: Count = 5
     """Rounds of collect, fit, improve, evaluate, promote or hold."""
     conversations: Count = 2048
     """Conversations collected in each iteration, beside those of the gate."""
@@ -163,7 +163,7 @@ class ImprovementConfig(_Section):
     """Gradient passes over each batch of responses."""
     num_minibatches: Count = 4
     """Optimizer steps in each pass."""
-    learning_rate: Positive = 2e-4
+    learning_rate: Positive = 3e-4
     """Learning rate of the policy (AdamW)."""
     token_value_learning_rate: NonNegative = 0.0
     """Learning rate of the token value, which starts as Q's own token-level reading. 0 freezes it there."""
@@ -176,7 +176,7 @@ class ImprovementConfig(_Section):
     kl_coefficient: NonNegative = 0.1
     """Beta, the price of a nat of KL to the anchor, in units of the reward."""
     adaptive_kl: bool = True
-    """Beta doubles after an update that is far ahead of a steady drift to `kl_target`, and halves after one far behind (the adaptive KL penalty of PPO). Off: it stays, and what is optimised is the reward minus beta times the KL."""
+    """Beta doubles after an update that is far ahead of an even way to `kl_target`, and halves after one far behind (the adaptive KL penalty of PPO). Off: it stays, and what is optimised is the reward minus beta times the KL."""
     kl_in: Literal["reward", "loss"] = "loss"
     """`reward`: each token pays beta times its log-ratio to the anchor; `loss`: beta times half the square of a response's log-ratio is added to the loss, which has the same expected gradient. With `grpo`, `loss` counts beta in units of a group's deviation, since the reward is divided by it."""
     early_stop_kl: Positive = 0.1

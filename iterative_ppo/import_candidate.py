@@ -49,6 +49,8 @@ def import_candidate(step: OpenStep, source: Path) -> Stage:
         candidate.save(folder / "policy")
         q_function = load_q_function(step.q_function, policy)
         measured = _measure(step.config, policy, candidate, q_function, prompts, seed=step.seed)
+        if not math.isfinite(measured["kl"]):
+            raise ValueError(f"{source}: its log-probabilities are not finite: its training has diverged")
         return {"num_prompts": len(prompts), "source": source.resolve(), "sha256": folder_hash(source), **measured}
 
     return directory.stage(step.name, seed=step.seed, parents=step.parents, make=make)
@@ -80,8 +82,6 @@ def _measure(
     uniforms_BT = generator.random((len(asked), config.policy.max_response_tokens))
     reward = q_reward(q_function, pessimism=config.q_function.pessimism, tokens_per_batch=tokens_per_batch)
     kl = sample_responses(candidate, policy, asked, generator=generator, tokens_per_batch=tokens_per_batch).kl
-    if not math.isfinite(kl):
-        raise ValueError("the candidate's log-probabilities are not finite: its training has diverged")
     return {
         "num_updates": 0,
         "stop_reason": "imported",

@@ -32,7 +32,7 @@ from iterative_ppo.environments.storefront_customer import (
 from iterative_ppo.environments.storefront_language import CUSTOMER_PHRASES, SELLER_PHRASES, reply_text, say
 from iterative_ppo.environments.storefront_optimum import Seller, Values, values
 from iterative_ppo.environments.storefront_parser import read_reply, read_seller
-from iterative_ppo.environments.storefront_seller import HABITS
+from iterative_ppo.environments.storefront_seller import HABITS, scripted_response
 
 TRAIL_BASIC = Meaning(Act.RECOMMEND, "trail", "basic")
 TRAIL_PREMIUM = Meaning(Act.RECOMMEND, "trail", "premium")
@@ -479,20 +479,25 @@ def test_scripted_seller_does_everything_in_every_situation():
         assert min(habits.values()) >= 0.03
 
 
-def test_scripted_seller_offers_convinced_customers_a_discount_sooner_when_they_asked_for_a_deal():
-    environment = Storefront()
-
-    def share_of_discounts(opening):
+def test_scripted_seller_hears_who_asked_for_a_deal_and_closes_once_a_discount_delights():
+    def shares(opening, *more):
+        generator = np.random.default_rng(0)
         chat = [
-            {"role": "user", "content": reply_text(Reply(opening, "trail"), np.random.default_rng(0))},
+            {"role": "user", "content": reply_text(Reply(opening, "trail"), generator)},
             {"role": "assistant", "content": "take the basic trail shoe"},
-            {"role": "user", "content": reply_text(Reply(Says.CONVINCED, ""), np.random.default_rng(0))},
+            {"role": "user", "content": reply_text(Reply(Says.CONVINCED), generator)},
+            *more,
         ]
-        texts = [environment.scripted_response(chat, np.random.default_rng(seed)) for seed in range(1000)]
-        return np.mean([read_seller(text).act == Act.OFFER_DISCOUNT for text in texts])
+        acts = [read_seller(scripted_response(chat, np.random.default_rng(seed))).act for seed in range(1000)]
+        return acts.count(Act.OFFER_DISCOUNT) / 1000, acts.count(Act.CLOSE) / 1000
 
-    assert share_of_discounts(Says.OPENS_WITH_NEED) == pytest.approx(0.20, abs=0.05)
-    assert share_of_discounts(Says.OPENS_WITH_NEED_FOR_DEAL) == pytest.approx(0.45, abs=0.05)
+    delighted = [
+        {"role": "assistant", "content": say(Meaning(Act.OFFER_DISCOUNT), np.random.default_rng(0))},
+        {"role": "user", "content": reply_text(Reply(Says.DELIGHTED), np.random.default_rng(0))},
+    ]
+    assert shares(Says.OPENS_WITH_NEED) == pytest.approx((0.20, 0.55), abs=0.05)
+    assert shares(Says.OPENS_WITH_NEED_FOR_DEAL) == pytest.approx((0.40, 0.35), abs=0.05)
+    assert shares(Says.OPENS_WITH_NEED_FOR_DEAL, *delighted) == pytest.approx((0.10, 0.55), abs=0.05)
 
 
 def test_scripted_seller_copies_the_need_and_reads_the_customer_only():

@@ -80,15 +80,25 @@ HABITS: Mapping[str, Mapping[Act, float]] = {
         Act.RECOMMEND: 0.05,
         Act.REASSURE_DURABILITY: 0.05,
         Act.REASSURE_RETURNS: 0.05,
-        Act.OFFER_DISCOUNT: 0.45,
+        Act.OFFER_DISCOUNT: 0.40,
         Act.COMPLIMENT: 0.03,
-        Act.CLOSE: 0.30,
+        Act.CLOSE: 0.35,
+    },
+    "convinced, delighted by a discount": {
+        Act.ASK_NEED: 0.04,
+        Act.ASK_BUDGET: 0.05,
+        Act.RECOMMEND: 0.07,
+        Act.REASSURE_DURABILITY: 0.07,
+        Act.REASSURE_RETURNS: 0.07,
+        Act.OFFER_DISCOUNT: 0.10,
+        Act.COMPLIMENT: 0.05,
+        Act.CLOSE: 0.55,
     },
 }
 """What it does with which probability, by situation."""
-KEEPS_NEED_PROBABILITY = 0.93
+KEEPS_NEED_PROBABILITY = 0.86
 """How often a recommendation keeps to a need that the customer stated."""
-KEEPS_BUDGET_PROBABILITY = 0.88
+KEEPS_BUDGET_PROBABILITY = 0.78
 """How often a recommendation keeps to a budget that the customer stated."""
 
 
@@ -119,6 +129,8 @@ def take_notes(customer_texts: Sequence[str]) -> Notes:
                 situation = "worried about the fit"
             case Says.CONVINCED:
                 situation = "convinced, after a question for a deal" if wants_deal else "convinced"
+            case Says.DELIGHTED if situation.startswith("convinced"):
+                situation = "convinced, delighted by a discount"
             case _:
                 pass
     if not situation:

@@ -104,8 +104,8 @@ def fresh_responses(
 
 
 def paced_kl_coefficient(kl_coefficient: float, kl: float, num_updates: int, config: ImprovementConfig) -> float:
-    """Beta that brings the KL closer to that of a steady drift of the parameters: it grows with the square of the way."""
-    pace = config.kl_target * (num_updates / config.num_updates) ** 2
+    """Beta that brings the KL closer to an even way to the budget."""
+    pace = config.kl_target * num_updates / config.num_updates
     return losses.adapted_kl_coefficient(kl_coefficient, kl, kl_target=pace)
 
 
