@@ -124,7 +124,9 @@ class QFunctionConfig(_Section):
     return_lambda: Share = 1.0
     """Lambda of the TD(lambda) returns that Q is fitted to after its first pass: 1 is Monte Carlo, which is unbiased; below 1 the future beyond a turn is taken in part from Q itself, which is less noisy."""
     trunk: Literal["auto", "trained", "frozen"] = "auto"
-    """`trained`: the transformer below Q is fitted with its heads, whole or through an adapter. `frozen`: heads alone, to the hidden states of a pretrained model and their means over the conversation so far, which one pass over the logs gives; `hl_gauss` is squared error then, and learning rate, warm start and next message have no part in it. `auto`: frozen for policies that are trained through adapters, unless another stack makes the improvement step, since none can read a mean."""
+    """`trained`: the transformer below Q is fitted with its heads, whole or through an adapter. `frozen`: heads alone, to the hidden states of a pretrained model and their means over the conversation so far and its recent part, which one pass over the logs gives; `hl_gauss` is squared error then, and learning rate, warm start and next message have no part in it. `auto`: frozen for policies that are trained through adapters, unless another stack makes the improvement step, since none can read a mean."""
+    frozen_depth: Share = 0.5
+    """Share of a frozen trunk's layers, from the first, that Q reads, one layer at least. The middle of a language model says as much of how a conversation ends as its last layer does."""
     link: Literal["identity", "logistic"] = "logistic"
     """From the scalar head to Q. `logistic` keeps Q in [0, 1] and needs returns in [0, 1]; `identity` fits any return."""
     loss: Literal["binary_cross_entropy", "squared_error", "hl_gauss"] = "binary_cross_entropy"

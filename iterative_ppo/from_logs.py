@@ -215,7 +215,9 @@ def _fit(
     """A read-out of the frozen weights where there is room for their features, else a Q-function with a trained trunk."""
     q_config, generator = config.q_function, np.random.default_rng(seed)
     if features is not None:
-        q_function = QFunction.on_base(policy.model, link=q_config.link, num_heads=q_config.num_heads)
+        q_function = QFunction.on_base(
+            policy.model, depth=q_config.frozen_depth, link=q_config.link, num_heads=q_config.num_heads
+        )
         return q_function, fit_read_out(
             q_function,
             sequences,
@@ -270,7 +272,7 @@ def read_frozen_weights(
     if not reads_frozen_weights(config, policy):
         return None
     features.of(
-        QFunction.on_base(policy.model, link=config.q_function.link, num_heads=1),
+        QFunction.on_base(policy.model, depth=config.q_function.frozen_depth, link=config.q_function.link, num_heads=1),
         [sequence.token_ids for sequence in sequences],
         [read_positions(sequence) for sequence in sequences],
         tokens_per_batch=config.compute.tokens_per_batch,

@@ -13,7 +13,7 @@ class FeatureCache:
     """Features at positions of token rows, for any Q-function on one frozen trunk; in the processor's memory."""
 
     def __init__(self) -> None:
-        self._trunk: str | None = None
+        self._trunk = ""
         self._kept: dict[TokenIds, tuple[dict[int, int], Tensor]] = {}
 
     def of(
@@ -30,9 +30,9 @@ class FeatureCache:
         Args:
             q_function: whose trunk is frozen, and the same each time.
         """
-        trunk = name_of(q_function.model)
+        trunk = f"{q_function.num_layers} layers of {name_of(q_function.model)}"
         assert q_function.read_out == "mean", "features of a trunk that is trained do not last"
-        assert self._trunk in (None, trunk), f"features of {self._trunk}, and not of {trunk}"
+        assert self._trunk in ("", trunk), f"features of {self._trunk}, and not of {trunk}"
         self._trunk = trunk
         wanted: dict[TokenIds, set[int]] = {}
         for row, places in zip(rows, positions, strict=True):

@@ -35,15 +35,16 @@ from iterative_ppo.adapters import (
 )
 from iterative_ppo.batching import own_micro_batches, pad_right
 from iterative_ppo.losses import lower_confidence
+from iterative_ppo.running_means import running_means
 from iterative_ppo.shared_prefix import TreeBatch, run_trees, takes_trees, tree_batches
 from iterative_ppo.supervised import Progress, no_progress
 
 Link = Literal["identity", "logistic"]
 ReadOut = Literal["last", "mean"]
-"""What the heads multiply at a token: its hidden state h, or [h ; mean of h over all tokens that it sees ; 1]."""
+"""What the heads multiply at a token: its hidden state h, or [h ; mean of h over all tokens that it sees ; recent mean ; 1]."""
 TokenIds = tuple[int, ...]
 
-_SCHEMA = 2
+_SCHEMA = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,16 +61,18 @@ class QFunctionCard:
     policy: str
     metrics: dict[str, object]
     read_out: ReadOut = "last"
-    """This and `base` are the Q-function's own, and `save` fills them in."""
+    """This and what follows are the Q-function's own, and `save` fills them in."""
     base: str | None = None
     """Hub id or folder of the frozen model that a mean is read from; the checkpoint holds no weights of it."""
+    num_layers: int | None = None
+    """How many of its layers, from the first, are below the heads."""
 
 
 class QFunction(nn.Module):
     """An ensemble of linear heads on one trunk; the checkpoint's single label is the mean head.
 
     q_m = link(head_m · features) for ensemble member m, and Q = link(mean_m head_m · features). The features are the
-    token's hidden state; of a frozen trunk also the mean over all that the token sees, and no label can say that.
+    token's hidden state; of a frozen trunk also its means over what the token sees, and no label can say that.
 
     Args:
         model: a sequence-classification model with one label: its trunk is used, its `score` is the mean head.
@@ -114,10 +117,15 @@ class QFunction(nn.Module):
         return cls(model, link=link, heads=heads.to(model.device))
 
     @classmethod
-    def on_base(cls, policy: PreTrainedModel, *, link: Link, num_heads: int) -> "QFunction":
-        """A read-out, its heads still 0, of the frozen weights below a policy's adapter, which are shared."""
+    def on_base(cls, policy: PreTrainedModel, *, depth: float, link: Link, num_heads: int) -> "QFunction":
+        """A read-out, its heads still 0, of the frozen weights below a policy's adapter, which are shared.
+
+        Args:
+            depth: the share of their layers, from the first, that is read.
+        """
         model = _classifier_around(without_adapter(policy))
-        heads = torch.zeros(num_heads, 2 * model.config.get_text_config().hidden_size + 1, device=model.device)
+        _cut(model, max(1, round(depth * _num_layers(model))))
+        heads = torch.zeros(num_heads, 3 * model.config.get_text_config().hidden_size + 1, device=model.device)
         return cls(model, link=link, heads=heads, read_out="mean")
 
     @classmethod
@@ -138,7 +146,9 @@ class QFunction(nn.Module):
                 model = _classifier_around(without_adapter(backbone))
             else:
                 model = _load_classifier(base)
-            if base is not None and card.base is None:
+            if card.num_layers is not None:
+                _cut(model, card.num_layers)
+            elif base is not None:
                 load_adapter(model, folder)
             if backbone is not None and backbone.is_activation_checkpointing:
                 keep_no_activations(model)
@@ -179,7 +189,9 @@ class QFunction(nn.Module):
                 model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_file({"heads": self.heads.detach().cpu().contiguous()}, folder / "heads.safetensors")
-        card = replace(card, read_out=self.read_out, base=name_of(model) if self.read_out == "mean" else None)
+        card = replace(card, read_out=self.read_out)
+        if self.read_out == "mean":
+            card = replace(card, base=name_of(model), num_layers=self.num_layers)
         text = json.dumps({"schema": _SCHEMA, **asdict(card)}, indent=1, allow_nan=False)
         (folder / "q_function.json").write_text(text + "\n", encoding="utf-8")
 
@@ -200,6 +212,11 @@ class QFunction(nn.Module):
     def device(self) -> torch.device:
         return self.heads.device
 
+    @property
+    def num_layers(self) -> int:
+        """How many layers are below the heads."""
+        return _num_layers(self.model)
+
     def hidden(self, token_BT: Tensor) -> Tensor:
         """The trunk's last hidden states [B, T, hidden] of rows padded on the right, float32.
 
@@ -213,24 +230,17 @@ class QFunction(nn.Module):
 
     def features_of_trees(self, batch: TreeBatch) -> Tensor:
         """The same of prompts that share their prefixes."""
-        hidden_BTD = run_trees(self._last_hidden, batch, device=self.device, dtype=self.model.dtype)
-        return self.features_of(hidden_BTD, batch.attention_BTT)
+        return self.features_of(run_trees(self._last_hidden, batch, device=self.device, dtype=self.model.dtype), batch)
 
-    def features_of(self, hidden_BTD: Tensor, sees_BTT: Tensor | None = None) -> Tensor:
+    def features_of(self, hidden_BTD: Tensor, tree: TreeBatch | None = None) -> Tensor:
         """Features [B, T, F] from the trunk's hidden states.
 
         Args:
-            sees_BTT: which tokens (columns) a token (row) sees. Default: itself and all before it.
+            tree: the trees whose hidden states they are. Default: rows, in which a token sees all before it.
         """
         if self.read_out == "last":
             return hidden_BTD
-        if sees_BTT is None:
-            count_T1 = torch.arange(1, hidden_BTD.shape[1] + 1, device=hidden_BTD.device)[:, None]
-            mean_BTD = (hidden_BTD.double().cumsum(1) / count_T1).float()
-        else:
-            sees_BTT = sees_BTT.to(hidden_BTD)
-            mean_BTD = sees_BTT @ hidden_BTD / sees_BTT.sum(-1, keepdim=True)
-        return torch.cat([hidden_BTD, mean_BTD, torch.ones_like(hidden_BTD[..., :1])], dim=-1)
+        return torch.cat([hidden_BTD, *running_means(hidden_BTD, tree), torch.ones_like(hidden_BTD[..., :1])], dim=-1)
 
     def scalars(self, features: Tensor) -> Tensor:
         """Every ensemble member's scalar, before the link, from features [..., F]: [..., M]."""
@@ -359,7 +369,8 @@ def load_card(folder: str | Path) -> QFunctionCard:
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a Q-function card: {error}") from error
     known = card.link in get_args(Link) and card.read_out in get_args(ReadOut)
-    if schema != _SCHEMA or not known or (card.read_out == "mean") != isinstance(card.base, str):
+    is_mean = card.read_out == "mean"
+    if schema != _SCHEMA or not known or not is_mean == isinstance(card.base, str) == isinstance(card.num_layers, int):
         raise ValueError(
             f"{path}: schema {schema!r} with link {card.link!r} and read_out {card.read_out!r} is not known to this version"
         )
@@ -398,6 +409,28 @@ def _classifier_around(policy: PreTrainedModel) -> PreTrainedModel:
     model.score = nn.Linear(model.score.in_features, 1, bias=False, device=policy.device, dtype=torch.float32)
     setattr(model, model.base_model_prefix, policy.base_model)
     return model
+
+
+def _num_layers(model: PreTrainedModel) -> int:
+    return int(model.base_model.config.get_text_config().num_hidden_layers)
+
+
+def _cut(model: PreTrainedModel, num_layers: int) -> None:
+    """Leaves the first layers of a model's trunk, and what follows after its last.
+
+    Raises:
+        ValueError: its layers cannot be told from its other parts.
+    """
+    trunk, whole = model.base_model, _num_layers(model)
+    lists = [
+        name for name, module in trunk.named_modules() if isinstance(module, nn.ModuleList) and len(module) == whole
+    ]
+    if len(lists) != 1 or not 1 <= num_layers <= whole:
+        raise ValueError(f"the first {num_layers} of {whole} layers of {name_of(model)} cannot be taken out of it")
+    layers = trunk.get_submodule(lists[0])
+    assert isinstance(layers, nn.ModuleList)
+    trunk.set_submodule(lists[0], layers[:num_layers])
+    trunk.config.get_text_config().num_hidden_layers = num_layers
 
 
 def _load_classifier(folder: str | Path) -> PreTrainedModel:

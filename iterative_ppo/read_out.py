@@ -1,7 +1,7 @@
 """Fitting a read-out of a frozen trunk: heads alone, on features that one pass over the logs gives.
 
-The trunk says at every token what it makes of the conversation, h_t and the mean of h over all tokens before it; what it
-says does not change, so every ensemble member, penalty, fold and TD(lambda) return is a regression on the same numbers.
+The trunk says at every token what it makes of the conversation, h_t and means of h over what that token sees; what it says
+does not change, so every ensemble member, penalty, fold and TD(lambda) return is a regression on the same numbers.
 N positions that are read, F features without the constant, M ensemble members.
 """
 
@@ -205,15 +205,20 @@ class _Regression:
         )
 
     def _search(self, start: _Heads, progress: Progress) -> tuple[float, _Heads, dict[str, float]]:
-        """The penalty of the lowest held-out loss, its heads, and the losses of all that were tried."""
+        """The penalty of the lowest held-out loss, its heads, and the losses of all that were tried.
+
+        Weaker penalties are tried until it has got worse for a while; but not before one has beaten the constant `start`,
+        since what only weak ones can say looks like noise under strong ones.
+        """
         found: list[float] = []
+        constant_loss = self._held_out_loss(start)
         heads = best = start
         for place, penalty in enumerate(_PENALTIES):
             heads = self._minimised(heads, self.points, penalty)
             found.append(self._held_out_loss(heads))
             if found[-1] == min(found):
                 best = heads
-            elif place - int(np.argmin(found)) >= _PATIENCE_PENALTIES:
+            elif min(found) < constant_loss and place - int(np.argmin(found)) >= _PATIENCE_PENALTIES:
                 break
             progress("fit Q", place + 1, len(_PENALTIES))
         progress("fit Q", len(_PENALTIES), len(_PENALTIES))

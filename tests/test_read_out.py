@@ -42,9 +42,9 @@ TOLERANCE = 1e-5
 QUIET: dict[str, Any] = {"console": Console(quiet=True), "progress": lambda *_: None}
 
 
-def on_base(folder: Path, *, link: Link = "logistic", num_heads: int = 1) -> QFunction:
+def on_base(folder: Path, *, depth: float = 1.0, link: Link = "logistic", num_heads: int = 1) -> QFunction:
     """With random heads, as after a fit."""
-    q_function = QFunction.on_base(load(folder).model, link=link, num_heads=num_heads)
+    q_function = QFunction.on_base(load(folder).model, depth=depth, link=link, num_heads=num_heads)
     with torch.no_grad():
         q_function.heads.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
     return q_function
@@ -75,8 +75,8 @@ def fit(
 
 
 @torch.no_grad()
-def test_the_features_are_the_state_the_mean_of_what_it_sees_and_1(base: Path):
-    """Two rows, one of them padded by three: at its third token the mean is of three tokens, whatever comes behind."""
+def test_the_features_are_the_state_the_means_of_what_it_sees_and_1(base: Path):
+    """Two rows, one of them padded by three: at its third token the means are of three tokens, whatever comes behind."""
     q_function = on_base(base)
     rows = [(tiny.USER, tiny.A, tiny.B), (tiny.USER, tiny.C, tiny.D, tiny.E, tiny.A, tiny.END)]
     token_BT, _ = pad_right(rows)
@@ -84,7 +84,9 @@ def test_the_features_are_the_state_the_mean_of_what_it_sees_and_1(base: Path):
     for b, row in enumerate(rows):
         for t in range(len(row)):
             mean_D = sum(hidden_BTD[b, s] for s in range(t + 1)) / (t + 1)
-            expected_F = torch.cat([hidden_BTD[b, t], mean_D, torch.ones(1)])
+            weights = [2 ** ((s - t) / 64) for s in range(t + 1)]
+            recent_D = sum(w * hidden_BTD[b, s] for s, w in enumerate(weights)) / sum(weights)
+            expected_F = torch.cat([hidden_BTD[b, t], mean_D, recent_D, torch.ones(1)])
             np.testing.assert_allclose(feature_BTF[b, t], expected_F, rtol=0, atol=TOLERANCE)
             alone_F = q_function.features(torch.tensor([row[: t + 1]]))[0, -1]
             np.testing.assert_allclose(feature_BTF[b, t], alone_F, rtol=0, atol=TOLERANCE)
@@ -94,16 +96,51 @@ def test_the_features_are_the_state_the_mean_of_what_it_sees_and_1(base: Path):
 
 
 @torch.no_grad()
-def test_a_mean_over_a_long_row_is_exact(base: Path):
+def test_half_a_trunk_is_its_first_layers_and_its_last_norm(base: Path):
+    policy = load(base)
+    token_BT = torch.tensor([[tiny.USER, tiny.C, tiny.D, tiny.E, tiny.A, tiny.END]])
+    states = policy.model.base_model(token_BT, output_hidden_states=True).hidden_states
+    q_function = QFunction.on_base(policy.model, depth=0.5, link="logistic", num_heads=1)
+    assert (q_function.num_layers, policy.model.config.num_hidden_layers, len(states)) == (1, 2, 3)
+    last_norm = policy.model.base_model.get_submodule("norm" if policy.model.config.model_type == "llama" else "ln_f")
+    first_BTD = last_norm(states[1])
+    np.testing.assert_allclose(q_function.hidden(token_BT), first_BTD, rtol=0, atol=TOLERANCE)
+    assert (states[2] - first_BTD).abs().max() > 0.01, "the second layer does something"
+    again = policy.model.base_model(token_BT).last_hidden_state
+    np.testing.assert_array_equal(again, states[2], "the policy keeps all of its layers")
+    shallow = QFunction.on_base(policy.model, depth=0.0, link="logistic", num_heads=1)
+    assert shallow.num_layers == 1
+
+
+def test_features_of_another_depth_are_not_mixed_in(base: Path):
+    features, rows = FeatureCache(), [(tiny.USER, tiny.A, tiny.END)]
+    features.of(on_base(base, depth=0.5), rows, [[2]], tokens_per_batch=TOKENS)
+    with pytest.raises(AssertionError, match=r"1 layers of .*, and not of 2 layers"):
+        features.of(on_base(base, depth=1.0), rows, [[2]], tokens_per_batch=TOKENS)
+
+
+@torch.no_grad()
+def test_means_over_a_long_row_are_exact(base: Path):
     q_function = on_base(base)
     hidden_BTD = 100 + torch.randn(1, 20_000, 2, generator=torch.Generator().manual_seed(0))
-    mean_D = q_function.features_of(hidden_BTD)[0, -1, 2:4]
-    np.testing.assert_allclose(mean_D, hidden_BTD[0].double().mean(0), rtol=1e-7)
+    means_F = q_function.features_of(hidden_BTD)[0, -1, 2:6]
+    np.testing.assert_allclose(means_F[:2], hidden_BTD[0].double().mean(0), rtol=1e-7)
+    weight_T1 = 2.0 ** (torch.arange(-19_999, 1, dtype=torch.float64) / 64)[:, None]
+    recent_D = (weight_T1 * hidden_BTD[0]).sum(0) / weight_T1.sum()
+    np.testing.assert_allclose(means_F[2:], recent_D, rtol=1e-6)
+    assert (means_F[2:] - means_F[:2]).abs().min() > 1e-3
+
+
+def test_a_token_sixty_four_tokens_ago_counts_half_as_much(base: Path):
+    hidden_BTD = torch.zeros(1, 600, 2)
+    hidden_BTD[0, 500 - 64, 0] = hidden_BTD[0, 500, 1] = 1.0
+    recent_D = on_base(base).features_of(hidden_BTD)[0, 500, 4:6]
+    assert float(recent_D[0] / recent_D[1]) == pytest.approx(0.5, rel=1e-5)
 
 
 @torch.no_grad()
 def test_trees_are_read_as_rows(base: Path):
-    """Three turns and three responses to each, in trees: a branch's mean is over its own prompt and itself. Over all
+    """Three turns and three responses to each, in trees: a branch's means are over its own prompt and itself. Over all
     columns before it, those of the other branches included, it would be another."""
     q_function = on_base(base, num_heads=2)
     prompts, responses = unzip(conversation_rows(0, num_samples=3))
@@ -118,7 +155,7 @@ def test_trees_are_read_as_rows(base: Path):
     [(rows, batch)] = tree_batches(prompts, responses, tokens_per_batch=10_000)
     assert batch.attention_BTT is not None
     own = q_function.features_of_trees(batch)
-    wrong = q_function.features_of(own[..., : own.shape[-1] // 2])
+    wrong = q_function.features_of(own[..., : own.shape[-1] // 3])
     np.testing.assert_allclose(q_function.scalars(batch.end(own)), alone[rows], rtol=0, atol=TOLERANCE)
     assert (q_function.scalars(batch.end(wrong)) - alone[rows]).abs().max() > 0.01
 
@@ -204,16 +241,30 @@ def design(q_function: QFunction, sequences: Sequence[LabelledSequence]) -> Desi
     )
 
 
+def test_weaker_penalties_are_tried_until_one_beats_the_mean_return(base: Path):
+    """In the second logs what is held out is the opposite of what is learnt: no penalty does, and all are tried."""
+    logs = make_logs(150, by_response, seed=1)
+    opposite = [dataclasses.replace(s, returns=tuple(1 - x for x in s.returns)) for s in logs.sequences[120:]]
+    learnt = fit(on_base(base, link="identity"), logs, num_train=120, loss="squared_error")
+    assert learnt.best_pass == 1
+    assert learnt.penalty < 10
+    assert 3 < len(learnt.penalty_losses) < 13
+    confused = Logs(sequences=[*logs.sequences[:120], *opposite], chance=logs.chance)
+    nothing = fit(on_base(base, link="identity"), confused, num_train=120, loss="squared_error")
+    assert (nothing.best_pass, len(nothing.penalty_losses)) == (0, 13)
+
+
 def test_squared_errors_heads_are_ridge_regressions_each_on_its_bootstrap(base: Path):
     """(Xᵀ W X / ΣW + λ/2) w = Xᵀ W (y − b) / ΣW with the constant's normal equation beside it, y in standard deviations."""
-    logs = make_logs(60, by_response, seed=0)
+    logs = make_logs(150, by_response, seed=1)
     logs = Logs(
         sequences=[dataclasses.replace(s, returns=tuple(10 + 3 * x for x in s.returns)) for s in logs.sequences],
         chance=logs.chance,
     )
-    q_function = QFunction.on_base(load(base).model, link="identity", num_heads=3)
-    history = fit(q_function, logs, num_train=40, loss="squared_error")
-    d = design(q_function, logs.sequences[:40])
+    q_function = QFunction.on_base(load(base).model, depth=1.0, link="identity", num_heads=3)
+    history = fit(q_function, logs, num_train=120, loss="squared_error")
+    assert history.best_pass == 1, "the heads are the constant"
+    d = design(q_function, logs.sequences[:120])
     unit = np.std([x for s in logs.sequences for x in s.returns])
     weight_of = bootstrap_weights(logs.sequences, num_heads=3, generator=np.random.default_rng(0))
     bootstrap_NM = np.stack([weight_of[group].double().numpy() for group in d.group_N])
@@ -233,7 +284,7 @@ def test_squared_errors_heads_are_ridge_regressions_each_on_its_bootstrap(base: 
 def test_cross_entropys_heads_are_those_of_logistic_regression(base: Path):
     """scikit-learn minimises |w|²/2 + C Σ w loss: ours with C = 1 / (penalty · ΣW)."""
     logs = make_logs(300, by_state_alone, seed=0)
-    q_function = QFunction.on_base(load(base).model, link="logistic", num_heads=1)
+    q_function = QFunction.on_base(load(base).model, depth=1.0, link="logistic", num_heads=1)
     history = fit(q_function, logs, num_train=200)
     assert history.best_pass == 1
     d = design(q_function, logs.sequences[:200])
@@ -257,7 +308,7 @@ def test_every_loss_learns_from_frozen_weights_which_stay_as_they_are(base: Path
     policy = improved(load(base))
     before = tiny.weights(policy.model)
     logs = make_logs(300, by_state_alone, seed=0)
-    q_function = QFunction.on_base(policy.model, link=link, num_heads=5)
+    q_function = QFunction.on_base(policy.model, depth=1.0, link=link, num_heads=5)
     assert [name for name, p in q_function.named_parameters() if p.requires_grad] == ["heads"]
     trunk = tiny.weights(q_function.model)
     history = fit(q_function, logs, num_train=200, loss=loss)
@@ -274,7 +325,7 @@ def test_every_loss_learns_from_frozen_weights_which_stay_as_they_are(base: Path
 def test_the_penalty_is_the_one_of_the_lowest_held_out_loss(base: Path, num_heads: int):
     """Of the ensemble's Q at the responses' ends, as the report computes it; they begin with that of the training mean."""
     logs = make_logs(200, by_state_alone, seed=3)
-    q_function = QFunction.on_base(load(base).model, link="logistic", num_heads=num_heads)
+    q_function = QFunction.on_base(load(base).model, depth=1.0, link="logistic", num_heads=num_heads)
     history = fit(q_function, logs, num_train=140)
     tried = history.penalty_losses
     assert history.penalty == pytest.approx(float(min(tried, key=tried.__getitem__)), rel=1e-5)
@@ -294,7 +345,7 @@ def test_the_penalty_is_the_one_of_the_lowest_held_out_loss(base: Path, num_head
 
 def test_where_nothing_is_to_be_learnt_q_is_the_constant_or_close_to_it(base: Path):
     logs = make_logs(120, lambda *_: 0.5, seed=4)
-    q_function = QFunction.on_base(load(base).model, link="logistic", num_heads=1)
+    q_function = QFunction.on_base(load(base).model, depth=1.0, link="logistic", num_heads=1)
     history = fit(q_function, logs, num_train=80)
     predictions = predict(q_function, logs.sequences, tokens_per_batch=TOKENS)
     assert history.held_out_losses[history.best_pass] == min(history.held_out_losses)
@@ -305,13 +356,13 @@ def test_returns_beyond_the_link_are_refused(base: Path):
     logs = make_logs(8, by_response, seed=0)
     logs.sequences[0] = dataclasses.replace(logs.sequences[0], returns=(2.0, 0.0))
     with pytest.raises(ValueError, match="outside"):
-        fit(QFunction.on_base(load(base).model, link="logistic", num_heads=1), logs, num_train=6)
+        fit(QFunction.on_base(load(base).model, depth=1.0, link="logistic", num_heads=1), logs, num_train=6)
 
 
 def test_new_targets_are_fitted_to_the_same_features(base: Path):
     """TD(λ): asked before every pass but the first, from what Q says by then; the held-out loss stays that of the returns."""
     logs = make_logs(300, by_state_alone, seed=0)
-    q_function = QFunction.on_base(load(base).model, link="logistic", num_heads=2)
+    q_function = QFunction.on_base(load(base).model, depth=1.0, link="logistic", num_heads=2)
     asked: list[np.ndarray] = []
 
     def nothing(predictions: Predictions) -> list[tuple[float, ...]]:
@@ -431,17 +482,20 @@ def test_folds_from_one_pass_are_those_of_a_pass_each_to_the_last_bit(base: Path
 # --- folders ------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_holds_the_heads_and_the_name_of_the_model(base: Path, tmp_path: Path):
+@pytest.mark.parametrize(("depth", "num_layers"), [(1.0, 2), (0.5, 1)])
+def test_a_checkpoint_holds_the_heads_and_the_name_of_the_model(
+    base: Path, tmp_path: Path, depth: float, num_layers: int
+):
     """Loaded on the backbone of a policy whose adapter has moved on, and without: the base's values, not the adapter's."""
     policy = improved(load(base))
-    q_function = on_base(base, num_heads=2)
+    q_function = on_base(base, depth=depth, num_heads=2)
     prompts, responses = all_turns_of(make_logs(4, by_response, seed=7).sequences)
     expected = q_function.ensemble_scalars(prompts, responses, tokens_per_batch=TOKENS)
     q_function.save(tmp_path / "q", dataclasses.replace(CARD, link="logistic"), policy.tokenizer)
     assert not [file.name for file in (tmp_path / "q").iterdir() if "model" in file.name or file.name == "config.json"]
     assert sum(file.stat().st_size for file in (tmp_path / "q").glob("*.safetensors")) < 2000
     card = load_card(tmp_path / "q")
-    assert (card.read_out, card.base) == ("mean", str(base.resolve()))
+    assert (card.read_out, card.base, card.num_layers) == ("mean", str(base.resolve()), num_layers)
 
     shared, alone = QFunction.load(tmp_path / "q", backbone=policy.model), QFunction.load(tmp_path / "q")
     by_config, renderer = load_q_and_renderer(tmp_path / "q", config_of(base))
@@ -457,7 +511,7 @@ def test_a_checkpoint_holds_the_heads_and_the_name_of_the_model(base: Path, tmp_
     assert not {p.data_ptr() for p in alone.model.parameters()} & frozen
 
 
-@pytest.mark.parametrize("changed", [{"read_out": "median"}, {"base": None}, {"schema": 1}])
+@pytest.mark.parametrize("changed", [{"read_out": "median"}, {"base": None}, {"num_layers": None}, {"schema": 1}])
 def test_a_card_that_does_not_say_what_is_read_from_what_is_refused(
     base: Path, tmp_path: Path, changed: dict[str, Any]
 ):
