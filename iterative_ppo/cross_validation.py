@@ -58,14 +58,49 @@ def cross_validate(
         features: where Q reads frozen weights, of these or other conversations; those of all folds are kept there.
     """
     started = time.perf_counter()
-    usable = [i for i, conversation in enumerate(conversations) if turn_rewards(conversation)]
-    if len({groups[i] for i in usable}) < num_folds:
+    outcomes = {i: sum(rewards) for i, c in enumerate(conversations) if (rewards := turn_rewards(c))}
+    if len({groups[i] for i in outcomes}) < num_folds:
         raise ValueError(f"fewer than {num_folds} conversations (or groups) with a known outcome: no {num_folds} folds")
-    conversations = [conversations[i] for i in usable]
-    groups = [groups[i] for i in usable]
-    outcome_N = np.array([sum(turn_rewards(conversation) or ()) for conversation in conversations])
+    conversations, groups = [conversations[i] for i in outcomes], [groups[i] for i in outcomes]
+    outcome_N = np.array(list(outcomes.values()))
     fold_N = folds_by_group(groups, outcome_N.tolist(), num_folds=num_folds, seed=seed)
-    tokens_per_batch = config.compute.tokens_per_batch
+    share_NS, predictions = _predict_folds(
+        config, policy, conversations, groups, fold_N, seed=seed, features=features, progress=progress
+    )
+    is_positive_N = outcome_N == outcome_N.max() if is_binary(outcome_N) else outcome_N > np.median(outcome_N)
+    keys = [f"{share:.0%}".removesuffix("%") for share in SHARES]
+    return CrossValidation(
+        num_conversations=len(conversations),
+        num_folds=num_folds,
+        auc={key: _known(share_NS[:, s], is_positive_N) for s, key in enumerate(keys)},
+        spearman={} if is_binary(outcome_N) else {key: _known(share_NS[:, s], outcome_N) for s, key in enumerate(keys)},
+        tfidf_auc={
+            key: _known(cross_fitted_scores(conversations, is_positive_N, fold_N, share=share), is_positive_N)
+            for key, share in zip(keys, SHARES, strict=True)
+        },
+        ece=expected_calibration_error(
+            calibration_bins(
+                np.concatenate([p.q_value for p in predictions]), np.concatenate([p.target for p in predictions])
+            )
+        ),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _predict_folds(
+    config: Config,
+    policy: Policy,
+    conversations: Sequence[Conversation],
+    groups: Sequence[str],
+    fold_N: np.ndarray,
+    *,
+    seed: int,
+    features: FeatureCache,
+    progress: Progress,
+) -> tuple[np.ndarray, list[Predictions]]:
+    """What a Q fitted to the other folds says: of each conversation after each share of its messages, and at all of its
+    decision points, a fold's together."""
+    num_folds, tokens_per_batch = int(fold_N.max()) + 1, config.compute.tokens_per_batch
     names = [str(i) for i in range(len(conversations))]
     sequences, _ = labelled(conversations, policy, gamma=config.q_function.gamma, groups=names)
     known = read_frozen_weights(config, policy, sequences, features, progress=progress)
@@ -95,24 +130,7 @@ def cross_validate(
             )
             for name, value in values.items():
                 share_NS[int(name), s] = value
-    is_positive_N = outcome_N == outcome_N.max() if is_binary(outcome_N) else outcome_N > np.median(outcome_N)
-    keys = [f"{share:.0%}".removesuffix("%") for share in SHARES]
-    return CrossValidation(
-        num_conversations=len(conversations),
-        num_folds=num_folds,
-        auc={key: _known(share_NS[:, s], is_positive_N) for s, key in enumerate(keys)},
-        spearman={} if is_binary(outcome_N) else {key: _known(share_NS[:, s], outcome_N) for s, key in enumerate(keys)},
-        tfidf_auc={
-            key: _known(cross_fitted_scores(conversations, is_positive_N, fold_N, share=share), is_positive_N)
-            for key, share in zip(keys, SHARES, strict=True)
-        },
-        ece=expected_calibration_error(
-            calibration_bins(
-                np.concatenate([p.q_value for p in predictions]), np.concatenate([p.target for p in predictions])
-            )
-        ),
-        seconds=time.perf_counter() - started,
-    )
+    return share_NS, predictions
 
 
 def group_names(conversations: Sequence[Conversation], key: str | None) -> list[str]:

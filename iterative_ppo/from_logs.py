@@ -212,7 +212,7 @@ def _fit(
     retarget: Callable[[Predictions], list[tuple[float, ...]]] | None,
     progress: Progress,
 ) -> tuple[QFunction, FitHistory]:
-    """A read-out of the frozen weights where there is room for their features, else a Q-function with a trained trunk."""
+    """A read-out of frozen weights where there is a cache for their features, else a Q-function with a trained trunk."""
     q_config, generator = config.q_function, np.random.default_rng(seed)
     if features is not None:
         q_function = QFunction.on_base(

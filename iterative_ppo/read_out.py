@@ -176,7 +176,7 @@ class _Regression:
         """Leaves the Q-function with the best pass's heads; the constant's, where none is better."""
         constant = self._constant()
         held_out_losses = [self._held_out_loss(constant)]
-        penalty, heads, penalty_losses = self._search(constant, progress)
+        penalty, heads, penalty_losses = self._search(constant, held_out_losses[0], progress)
         held_out_losses.append(penalty_losses[f"{penalty:g}"])
         train_losses = [self._train_loss(heads, self.points)]
         best_pass = int(held_out_losses[1] < held_out_losses[0])
@@ -204,15 +204,16 @@ class _Regression:
             penalty_losses=penalty_losses,
         )
 
-    def _search(self, start: _Heads, progress: Progress) -> tuple[float, _Heads, dict[str, float]]:
+    def _search(
+        self, constant: _Heads, constant_loss: float, progress: Progress
+    ) -> tuple[float, _Heads, dict[str, float]]:
         """The penalty of the lowest held-out loss, its heads, and the losses of all that were tried.
 
-        Weaker penalties are tried until it has got worse for a while; but not before one has beaten the constant `start`,
-        since what only weak ones can say looks like noise under strong ones.
+        Weaker penalties are tried until it has got worse for a while; but not before one has beaten the constant, since
+        what only weak ones can say looks like noise under strong ones.
         """
         found: list[float] = []
-        constant_loss = self._held_out_loss(start)
-        heads = best = start
+        heads = best = constant
         for place, penalty in enumerate(_PENALTIES):
             heads = self._minimised(heads, self.points, penalty)
             found.append(self._held_out_loss(heads))
