@@ -6,8 +6,8 @@ in large micro-batches or in small ones, whichever is faster. The two alternate 
 (the server remembers tokens of texts that it has read); every answer is checked against the direct one, and the script stops
 at the first that is missing or differs.
 
-    OMP_NUM_THREADS=1 python benchmarks/serve_q.py
-    OMP_NUM_THREADS=1 python benchmarks/serve_q.py --hidden-size 256 --num-layers 4 --items 256
+    python benchmarks/serve_q.py
+    python benchmarks/serve_q.py --hidden-size 256 --num-layers 4 --items 256
     python benchmarks/serve_q.py --q runs/a/iteration-001/fit/q_function
 
 Prints a line for each way to ask, medians over the repetitions, and, last, one JSON object: `ratio` is items a second

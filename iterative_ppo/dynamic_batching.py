@@ -1,6 +1,6 @@
-"""Dynamic batching: work that many callers hand in a little at a time, done in batches by one thread.
+"""Dynamic batching: work that many callers hand in a little at a time, done in batches by a few threads.
 
-While a batch is computed the next one gathers. Nobody waits for a batch to fill: an idle thread takes what is there, and
+While batches are computed the next one gathers. Nobody waits for a batch to fill: an idle thread takes what is there, and
 batches grow with the load by themselves. The item that has waited longest goes first, and with it those that cost about the
 same: what is computed together is padded to the longest.
 """
@@ -64,13 +64,15 @@ class _Waiting(Generic[_Item, _Answer]):
 
 
 class Batcher(Generic[_Item, _Answer]):
-    """A bounded queue of items and the thread that works it off.
+    """A bounded queue of items and the threads that work it off.
 
     Args:
-        compute: gives the answers of a batch, in its order; called in one thread.
+        compute: gives the answers of a batch, in its order; called in every thread.
         cost: of an item.
         max_batch_cost: of a batch, each of its items counted as the costliest (a costlier item goes alone).
         max_queued_items: how many items may wait, those being computed not counted.
+        num_threads: batches that may be computed at the same time.
+        begin: called once in each thread before its first batch.
     """
 
     def __init__(
@@ -80,7 +82,10 @@ class Batcher(Generic[_Item, _Answer]):
         cost: Callable[[_Item], int],
         max_batch_cost: int,
         max_queued_items: int,
+        num_threads: int = 1,
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
+        self._begin = begin
         self._compute = compute
         self._cost = cost
         self._max_batch_cost = max_batch_cost
@@ -88,8 +93,9 @@ class Batcher(Generic[_Item, _Answer]):
         self._queue: deque[_Waiting[_Item, _Answer]] = deque()
         self._changed = threading.Condition()
         self._is_open = True
-        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._work, name="batches", daemon=True) for _ in range(num_threads)]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def num_queued_items(self) -> int:
@@ -108,27 +114,31 @@ class Batcher(Generic[_Item, _Answer]):
                 raise QueueFullError(f"{len(self._queue)} items wait, of at most {self.max_queued_items}")
             request: _Request[_Item, _Answer] = _Request(items)
             self._queue.extend(_Waiting(request, place, self._cost(item)) for place, item in enumerate(items))
-            self._changed.notify()
+            self._changed.notify_all()
         return request.future
 
     def close(self) -> None:
         """Takes nothing more, and returns when all that was taken is answered."""
         with self._changed:
             self._is_open = False
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def _work(self) -> None:
+        self._begin()
         while batch := self._next_batch():
             try:
                 answers = self._compute([waiting.request.items[waiting.place] for waiting in batch])
                 assert len(answers) == len(batch)
             except Exception as error:  # whatever it is, it must reach those who wait, and the thread must live on
-                for waiting in batch:
-                    waiting.request.fail(BatchError(f"{type(error).__name__}: {error}"))
+                with self._changed:
+                    for waiting in batch:
+                        waiting.request.fail(BatchError(f"{type(error).__name__}: {error}"))
                 continue
-            for waiting, answer in zip(batch, answers, strict=True):
-                waiting.request.answer(waiting.place, answer)
+            with self._changed:  # another thread may hold other items of the same request
+                for waiting, answer in zip(batch, answers, strict=True):
+                    waiting.request.answer(waiting.place, answer)
 
     def _next_batch(self) -> list[_Waiting[_Item, _Answer]]:
         """Waits for work; nothing where the batcher was closed and all is done."""

@@ -12,8 +12,10 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
+import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from starlette.requests import ClientDisconnect
@@ -34,15 +36,18 @@ _Parse = Callable[[bytes, QScorer], ItemsRequest]
 
 
 class Service:
-    """The routes, over one queue and the thread that runs the model.
+    """The routes, over one queue and the threads that run the model.
 
     Args:
         scorer: Q.
         name: what the answers call the Q-function.
         max_queued_items: how many items may wait.
+        num_workers: batches that are computed at the same time, each with its share of torch's threads.
     """
 
-    def __init__(self, scorer: QScorer, *, name: str, max_queued_items: int = MAX_QUEUED_ITEMS) -> None:
+    def __init__(
+        self, scorer: QScorer, *, name: str, max_queued_items: int = MAX_QUEUED_ITEMS, num_workers: int = 1
+    ) -> None:
         self.scorer = scorer
         self.name = name
         self.batcher: Batcher[Item, Reading] = Batcher(
@@ -50,6 +55,8 @@ class Service:
             cost=lambda item: item.num_tokens,
             max_batch_cost=scorer.tokens_per_batch,
             max_queued_items=max_queued_items,
+            num_threads=num_workers,
+            begin=partial(torch.set_num_threads, torch.get_num_threads() // num_workers),
         )
         self.metrics = Metrics(lambda: self.batcher.num_queued_items)
         self.num_answered = 0
@@ -204,9 +211,9 @@ def serve(folder: Path, load: Callable[[], QScorer], *, host: str, port: int, sa
         address, port = bound.getsockname()[:2]
         if api_key is None and not ipaddress.ip_address(address).is_loopback:
             say(f"warning: {address} can be reached from other machines, and without IPPO_API_KEY anybody may ask")
-        service = Service(load(), name=str(folder))
+        scorer = load()
+        service = Service(scorer, name=str(folder), num_workers=_num_workers(scorer.q_function.device))
         shown_host = f"[{address}]" if ":" in address else address
-        scorer = service.scorer
         server = _Server(
             uvicorn.Config(
                 make_app(service, api_key=api_key),
@@ -225,6 +232,11 @@ def serve(folder: Path, load: Callable[[], QScorer], *, host: str, port: int, sa
         _keep_memory()
         server.run(sockets=[bound])
     return service.num_answered
+
+
+def _num_workers(device: torch.device) -> int:
+    """Two on a CPU with more than one thread: while one is in Python, or waits for its last core, the other computes."""
+    return 2 if device.type == "cpu" and torch.get_num_threads() > 1 else 1
 
 
 def _keep_memory() -> None:

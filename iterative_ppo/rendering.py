@@ -122,6 +122,10 @@ class Renderer:
         self._takes_assistant_first = self._renders(
             [{"role": "assistant", "content": _PROBE}, {"role": "user", "content": "a"}]
         )
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
         self._pieces: dict[str, TokenIds] = {}
         self._num_remembered_characters = 0
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(
@@ -201,11 +205,16 @@ class Renderer:
             if self._num_remembered_characters > _MAX_REMEMBERED_CHARACTERS:
                 self._pieces.clear()
                 self._num_remembered_characters = len(text)
-            token_ids = (
-                tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else ()
-            )
+            token_ids = self._tokenized(text) if text else ()
             self._pieces[text] = token_ids
         return token_ids
+
+    def _tokenized(self, text: str) -> TokenIds:
+        if self._backend is None:
+            return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        # The same without the places of tokens in the text, which take as long as the tokens.
+        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        return tuple(encoding.ids)
 
     def _special_tokens(self) -> re.Pattern[str] | None:
         """What splits a text into pieces that are tokenized independently; None where the tokenizer does not do that."""

@@ -37,8 +37,10 @@ def make() -> Iterator[Make]:
     """Makes batchers and closes them; an item costs 1."""
     made = []
 
-    def new(compute: Callable[[list[int]], Sequence[int]], *, most: int = 4, room: int = 100) -> Batcher[int, int]:
-        made.append(Batcher(compute, cost=lambda _: 1, max_batch_cost=most, max_queued_items=room))
+    def new(
+        compute: Callable[[list[int]], Sequence[int]], *, most: int = 4, room: int = 100, threads: int = 1
+    ) -> Batcher[int, int]:
+        made.append(Batcher(compute, cost=lambda _: 1, max_batch_cost=most, max_queued_items=room, num_threads=threads))
         return made[-1]
 
     yield new
@@ -88,6 +90,33 @@ def test_a_batch_is_bounded_by_cost_and_a_costlier_item_goes_alone() -> None:
     assert future.result(timeout=10) == [16, 36, 25, 99 * 99, 4]
     assert gate.batches == [[1], [4, 5], [6], [99], [2]]
     batcher.close()
+
+
+def test_two_threads_compute_two_batches_of_one_request_at_the_same_time(make: Make) -> None:
+    gate = Gate()
+    future = make(gate, most=2, threads=2).submit([1, 2, 3])
+    for _ in range(2):
+        assert gate.began.acquire(timeout=10), "the second batch waits for the first"
+    assert sorted(gate.batches) == [[1, 2], [3]]
+    assert not future.done()
+    for _ in range(2):
+        gate.opened.release()
+    assert future.result(timeout=10) == [1, 4, 9]
+
+
+def test_each_thread_begins_once_before_its_first_batch() -> None:
+    begun: list[str] = []
+    batcher = Batcher(
+        squares,
+        cost=lambda _: 1,
+        max_batch_cost=1,
+        max_queued_items=9,
+        num_threads=3,
+        begin=lambda: begun.append(threading.current_thread().name),
+    )
+    assert batcher.submit(list(range(9))).result(timeout=10) == squares(list(range(9)))
+    batcher.close()
+    assert begun == ["batches"] * 3
 
 
 def test_a_full_queue_takes_all_of_a_request_or_nothing(make: Make) -> None:
@@ -155,7 +184,8 @@ def test_closing_answers_everything_that_was_taken() -> None:
         batcher.submit([1])
 
 
-def test_many_threads_lose_nothing_and_mix_nothing_up(make: Make) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_many_callers_lose_nothing_and_mix_nothing_up(make: Make, threads: int) -> None:
     """64 callers with requests of 1 to 9 items; each gets the squares of its own numbers."""
     sizes: list[int] = []
 
@@ -163,7 +193,7 @@ def test_many_threads_lose_nothing_and_mix_nothing_up(make: Make) -> None:
         sizes.append(len(items))
         return squares(items)
 
-    batcher = make(compute, most=16, room=10_000)
+    batcher = make(compute, most=16, room=10_000, threads=threads)
 
     def ask(seed: int) -> int:
         generator = np.random.default_rng(seed)

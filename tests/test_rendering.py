@@ -348,6 +348,14 @@ def test_encoding_piece_by_piece_is_encoding_the_whole(family: str):
     check()
 
 
+def test_the_truncation_and_padding_that_a_tokenizer_was_saved_with_are_not_its_texts():
+    tokenizer = tokenizer_of("chatml")
+    whole = tuple(tokenizer("many words of a customer", add_special_tokens=False)["input_ids"])
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    assert Renderer(tokenizer, context_tokens=256, max_response_tokens=8).encode("many words of a customer") == whole
+
+
 def test_a_tokenizer_that_looks_across_special_tokens_is_not_given_pieces():
     """SentencePiece style: only the very first word of a text gets the blank that marks a word's beginning.
 
