@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 
 import pytest
 from logs import DATA, write_lines
+
+from iterative_ppo.command_line import terminal
 
 TINY = {
     "policy.hidden_size": 32,
@@ -511,3 +514,17 @@ def test_what_needs_no_torch_loads_none(arguments: list[str], code: int, tmp_pat
     command = [sys.executable, "-P", "-c", program, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True, timeout=60)
     assert done.stdout.splitlines()[-1] == f"loaded [] {code}"
+
+
+def test_without_a_terminal_progress_is_a_line_every_half_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with terminal.progress() as show:
+        for done in range(1, 8):
+            now += 10.0
+            show("fit Q, fold [1] of 5", done * 1000, 7000)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.splitlines() == ["fit Q, fold [1] of 5: 3,000 of 7,000", "fit Q, fold [1] of 5: 6,000 of 7,000"]

@@ -1,6 +1,7 @@
 """What a command tells: lines, a progress bar, a JSON object, an exit code. Of several processes the main one speaks."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from iterative_ppo.command_line.torchrun import is_main
 
+_SECONDS_BETWEEN_LINES = 30.0
 EXIT_FAILED, EXIT_USER_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -32,12 +34,15 @@ def finish(result: dict[str, Any], as_json: bool) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on the terminal's error stream; where that is no terminal, nothing."""
+    """A progress bar on the terminal's error stream; where that is no terminal, a line every half minute."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True, quiet=not is_main())
+    if not console.is_terminal:
+        yield _lines(console)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=console.quiet) as bar:
         task = bar.add_task("start", total=None)
         kind = ""
 
@@ -49,3 +54,15 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(task, description=what, completed=done, total=total)
 
         yield show
+
+
+def _lines(console: Console) -> Callable[[str, int, int], None]:
+    last = time.monotonic()
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            console.print(f"{what}: {done:,} of {total:,}", soft_wrap=True, markup=False, highlight=False)
+
+    return show
