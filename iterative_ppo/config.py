@@ -87,7 +87,7 @@ class PolicyConfig(_Section):
     """`tiny` (a small Llama made from scratch, its tokenizer trained on the logs), a hub id, or a folder of a causal language model with a chat template."""
     logs: str = ""
     """Conversations (JSON Lines) from which the start policy is cloned. Empty: the environment's own scripted seller writes them for `tiny`; a pretrained start is left as it is."""
-    scripted_conversations: Count = 10240
+    scripted_conversations: Count = 9500
     """How many conversations the scripted seller writes."""
     hidden_size: Count = 96
     """Width of the tiny model."""

@@ -98,7 +98,7 @@ def start_policy(config: Config, logs: Path | None, *, with_outcomes: bool, seed
         q_function, history = clone_with_outcomes(
             policy,
             labelled_sequences,
-            held_out=_tenth([sequence.group for sequence in labelled_sequences], seed),
+            held_out=_enough_to_judge([sequence.group for sequence in labelled_sequences], seed),
             config=config,
             seed=seed,
             progress=progress,
@@ -111,7 +111,7 @@ def start_policy(config: Config, logs: Path | None, *, with_outcomes: bool, seed
     ]
     history = policy.clone(
         [sequence for sequence, _ in sequences],
-        held_out=_tenth([group for _, group in sequences], seed),
+        held_out=_enough_to_judge([group for _, group in sequences], seed),
         tokens_per_batch=config.compute.tokens_per_batch,
         generator=np.random.default_rng(seed),
         from_scratch=is_new,
@@ -120,8 +120,10 @@ def start_policy(config: Config, logs: Path | None, *, with_outcomes: bool, seed
     return Start(policy=policy, q_function=None, metrics=metrics | {"clone": to_json(history)})
 
 
-def _tenth(groups: Sequence[str], seed: int) -> list[bool]:
-    held_out: list[bool] = split_by_group(groups, held_out_share=0.1, seed=seed).tolist()
+def _enough_to_judge(groups: Sequence[str], seed: int) -> list[bool]:
+    """Holds out a tenth of the groups, at most 256: what it takes to tell one pass of cloning from another."""
+    share = min(0.1, 256 / len(set(groups)))
+    held_out: list[bool] = split_by_group(groups, held_out_share=share, seed=seed).tolist()
     return held_out
 
 

@@ -39,8 +39,8 @@ class IterationRecord:
 def iterate(stages: Stages, *, count: int) -> Iterator[IterationRecord]:
     """Collect, fit, improve, evaluate, promote or hold; `count` times. Yields a record after each iteration.
 
-    Q is fitted to all conversations that the policy in force has had: those collected, and those by which the gate
-    chose it, since a test of a policy is data for its Q-function.
+    Q learns from all conversations that the policy in force has had: those collected, and those by which the gate chose
+    it, since a test of a policy is data for its Q-function. After a hold the next fit goes on with those it has not read.
     """
     policy = stages.start()
     evaluation = stages.evaluate(0, policy, None)
@@ -48,17 +48,16 @@ def iterate(stages: Stages, *, count: int) -> Iterator[IterationRecord]:
     yield _record(0, policy, num_conversations, {"start": policy, "evaluate": evaluation})
 
     q_function = policy  # what the next Q starts from
-    batches: tuple[Stage, ...] = (evaluation,)
+    read: tuple[Stage, ...] = ()  # the conversations of the policy in force that Q has been fitted to
     for iteration in range(1, count + 1):
         batch = stages.collect(iteration, policy)
-        batches = (*batches, batch)
-        q_function = stages.fit(iteration, policy, batches, q_function)
-        candidate = stages.improve(iteration, policy, q_function, batches)
+        unread = (evaluation, batch)
+        q_function = stages.fit(iteration, policy, read, unread, q_function)
+        read = (*read, *unread)
+        candidate = stages.improve(iteration, policy, q_function, read)
         evaluation = stages.evaluate(iteration, policy, candidate)
         if evaluation.metrics["decision"] == "promote":
-            policy, batches = candidate, (evaluation,)
-        else:
-            batches = (*batches, evaluation)
+            policy, read = candidate, ()
         num_conversations += batch.metrics["num_conversations"] + evaluation.metrics["num_conversations"]
         done = {"collect": batch, "fit": q_function, "improve": candidate, "evaluate": evaluation}
         yield _record(iteration, policy, num_conversations, done)

@@ -17,6 +17,7 @@ from iterative_ppo.from_logs import (
     improve_from_logs,
     load_policy,
     load_q_function,
+    reads_frozen_weights,
     require_equipment,
     start_policy,
 )
@@ -114,19 +115,27 @@ class Stages:
 
         return self._stage(iteration, "collect", _COLLECT, {"policy": policy}, make)
 
-    def fit(self, iteration: int, policy: Stage, batches: Sequence[Stage], previous: Stage) -> Stage:
+    def fit(
+        self, iteration: int, policy: Stage, read: Sequence[Stage], unread: Sequence[Stage], previous: Stage
+    ) -> Stage:
         """Q of the current policy, by regression on the returns of its own conversations.
 
         It starts from the Q-function in the stage `previous`, or from the policy if there is none.
+
+        Args:
+            read: batches that this Q-function has been fitted to. Gradient steps go on from there; a read-out of frozen
+                weights is fitted anew, to all.
+            unread: batches that it has not.
         """
 
         q_folder = previous.folder / "q_function"
 
         def make(folder: Path) -> dict[str, Any]:
+            current = self._load(policy)
             fitted = fit_q_from_logs(
                 self.config,
-                self._load(policy),
-                _read_batches(batches),
+                current,
+                _read_batches((*read, *unread) if reads_frozen_weights(self.config, current) else unread),
                 start=q_folder if q_folder.exists() else None,
                 name=str(policy.folder.relative_to(self.directory.path)),
                 seed=self._seed(iteration, _FIT),
@@ -135,7 +144,7 @@ class Stages:
             fitted.save(folder)
             return fitted.metrics()
 
-        parents = {"policy": policy, **{f"batch_{i}": batch for i, batch in enumerate(batches)}}
+        parents = {"policy": policy, **{f"batch_{i}": batch for i, batch in enumerate((*read, *unread))}}
         return self._stage(iteration, "fit", _FIT, parents | {"start": previous}, make)
 
     def improve(self, iteration: int, policy: Stage, q_function: Stage, batches: Sequence[Stage]) -> Stage:

@@ -35,9 +35,12 @@ class Tape:
     def collect(self, iteration: int, policy: Stage) -> Stage:
         return self._note(f"collect {policy.folder}", f"batch{iteration}", num_conversations=100)
 
-    def fit(self, iteration: int, policy: Stage, batches: Sequence[Stage], previous: Stage) -> Stage:
-        data = "+".join(str(batch.folder) for batch in batches)
-        return self._note(f"fit {policy.folder} on {data} from {previous.folder}", f"q{iteration}")
+    def fit(
+        self, iteration: int, policy: Stage, read: Sequence[Stage], unread: Sequence[Stage], previous: Stage
+    ) -> Stage:
+        known, data = ("+".join(str(batch.folder) for batch in batches) for batches in (read, unread))
+        after = f" after {known}" if known else ""
+        return self._note(f"fit {policy.folder} on {data}{after} from {previous.folder}", f"q{iteration}")
 
     def improve(self, iteration: int, policy: Stage, q_function: Stage, batches: Sequence[Stage]) -> Stage:
         data = "+".join(str(batch.folder) for batch in batches)
@@ -79,7 +82,7 @@ def test_after_a_promotion_the_candidate_is_collected_from_and_old_batches_are_d
     ]
 
 
-def test_after_a_hold_the_policy_stays_and_its_next_q_is_fitted_to_all_its_conversations() -> None:
+def test_after_a_hold_the_policy_stays_and_q_goes_on_with_its_new_conversations() -> None:
     tape = Tape(decisions=["hold", "hold", "promote", "hold"])
     list(iterate(tape, count=4))
     assert tape.calls == [
@@ -90,11 +93,11 @@ def test_after_a_hold_the_policy_stays_and_its_next_q_is_fitted_to_all_its_conve
         "improve pi0 by q1 on test0+batch1",
         "evaluate pi1 against pi0",
         "collect pi0",
-        "fit pi0 on test0+batch1+test1+batch2 from q1",
+        "fit pi0 on test1+batch2 after test0+batch1 from q1",
         "improve pi0 by q2 on test0+batch1+test1+batch2",
         "evaluate pi2 against pi0",
         "collect pi0",
-        "fit pi0 on test0+batch1+test1+batch2+test2+batch3 from q2",
+        "fit pi0 on test2+batch3 after test0+batch1+test1+batch2 from q2",
         "improve pi0 by q3 on test0+batch1+test1+batch2+test2+batch3",
         "evaluate pi3 against pi0",
         "collect pi3",
@@ -211,8 +214,9 @@ def finished(stages_: Stages, name: str, ids: Sequence[str]) -> Stage:
     return Stage(folder=folder, metrics={"log": "log.jsonl"}, seconds=0.0)
 
 
-def test_q_is_fitted_to_all_batches_and_starts_from_the_previous_q(
-    real_stages: Stages, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_q_goes_on_from_the_previous_q_and_a_read_out_is_fitted_anew_to_all(
+    real_stages: Stages, monkeypatch: pytest.MonkeyPatch, is_frozen: bool
 ) -> None:
     seen: list[tuple[list[str], Path]] = []
 
@@ -230,14 +234,15 @@ def test_q_is_fitted_to_all_batches_and_starts_from_the_previous_q(
         return Fitted()
 
     monkeypatch.setattr(stages, "fit_q_from_logs", fake)
+    monkeypatch.setattr(stages, "reads_frozen_weights", lambda _, __: is_frozen)
     policy = finished(real_stages, "policy", [])
     first, second = finished(real_stages, "first", ["a", "b"]), finished(real_stages, "second", ["c"])
-    q_function = real_stages.fit(1, policy, [first], policy)
+    q_function = real_stages.fit(1, policy, [], [first], policy)
     (q_function.folder / "q_function").mkdir()
-    real_stages.fit(2, policy, [first, second], q_function)
+    real_stages.fit(2, policy, [first], [second], q_function)
     assert seen == [
         (["a", "b"], None),
-        (["a", "b", "c"], q_function.folder / "q_function"),
+        (["a", "b", "c"] if is_frozen else ["c"], q_function.folder / "q_function"),
     ]
 
 

@@ -7,7 +7,7 @@ to the customer. Works around any environment with the text API.
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import gymnasium
 import numpy as np
@@ -85,6 +85,7 @@ class SuggestedResponse(gymnasium.Env[str, str]):
         if max_words < 1:
             raise ValueError(f"max_words must be at least 1, not {max_words}")
         self.inner = make_environment(environment, arguments)
+        self._is_scripted = isinstance(self.inner, ScriptedEnvironment)  # looks at every attribute: once
         self.acceptance = acceptance
         self.max_words = max_words
         self.topic = content_stems(topic)
@@ -132,8 +133,8 @@ class SuggestedResponse(gymnasium.Env[str, str]):
 
     def scripted_response(self, messages: Sequence[Mapping[str, str]], generator: np.random.Generator) -> str:
         """The inner environment's scripted message, or a neutral one where it has none."""
-        if isinstance(self.inner, ScriptedEnvironment):
-            return self.inner.scripted_response(messages, generator)
+        if self._is_scripted:
+            return cast(ScriptedEnvironment, self.inner).scripted_response(messages, generator)
         return NEUTRAL_MESSAGES[generator.integers(len(NEUTRAL_MESSAGES))]
 
     def branch(self, generator: np.random.Generator) -> "SuggestedResponse":
