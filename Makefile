@@ -12,7 +12,7 @@ smollm2:
 verl-env:
 	python3 -m venv .verl
 	.verl/bin/pip install torch==2.13.0 transformers==5.10.4 tensordict==0.15.3 torchdata==0.11.0 ray==2.60.0 accelerate \
-	    aiohttp cachetools codetiming datasets fastapi hydra-core msgspec orjson peft pyarrow pyzmq uvicorn
+	    aiohttp cachetools codetiming datasets fastapi hydra-core msgspec orjson peft pillow pyarrow pyzmq uvicorn
 	.verl/bin/pip install --no-deps verl==0.9.1 TransferQueue==0.1.11
 
 check:
