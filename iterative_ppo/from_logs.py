@@ -32,7 +32,7 @@ from iterative_ppo.pretraining import clone_with_outcomes
 from iterative_ppo.q_fit import LabelledSequence, Predictions, fit_q_function, predict
 from iterative_ppo.q_function import QFunction, QFunctionCard, TokenValue, backbone_of
 from iterative_ppo.q_report import QReport, assess
-from iterative_ppo.read_out import ReadOutHistory, fit_read_out, read_positions
+from iterative_ppo.read_out import ReadOutHistory, fit_read_out, read_positions, refit_read_out
 from iterative_ppo.rendering import Renderer, TokenIds
 from iterative_ppo.run_directory import to_json, write_json
 from iterative_ppo.supervised import FitHistory, Progress
@@ -159,7 +159,7 @@ def fit_q_from_logs(
     groups: Sequence[str] | None = None,
     features: FeatureCache | None = None,
 ) -> FittedQ:
-    """Fits Q to labelled conversations and assesses it on those held out.
+    """Fits Q to labelled conversations and assesses it on those held out, to which a read-out is fitted too after that.
 
     Args:
         start: folder of the Q-function whose weights it starts from. Default: the policy's weights. A read-out of frozen
@@ -199,6 +199,8 @@ def fit_q_from_logs(
         loss="cross_entropy" if q_config.loss == "binary_cross_entropy" else "squared_error",
     )
     card = _card(q_config, history, report, name)
+    if features is not None and isinstance(history, ReadOutHistory) and history.best_pass > 0:
+        _refit(config, q_function, sequences, history.penalty, features, seed=seed, progress=progress)
     return FittedQ(q_function=q_function, policy=policy, card=card, report=report, counts=counts)
 
 
@@ -241,6 +243,35 @@ def _fit(
         tokens_per_batch=config.compute.tokens_per_batch,
         generator=generator,
         retarget=retarget,
+        progress=progress,
+    )
+
+
+def _refit(
+    config: Config,
+    q_function: QFunction,
+    sequences: Sequence[LabelledSequence],
+    penalty: float,
+    features: FeatureCache,
+    *,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """Fits a read-out once more, to the held-out conversations too: of a thousand conversations each counts."""
+    q_config, tokens_per_batch = config.q_function, config.compute.tokens_per_batch
+    targets = [sequence.returns for sequence in sequences]
+    if q_config.return_lambda < 1:
+        predictions = predict(q_function, sequences, tokens_per_batch=tokens_per_batch, features=features)
+        targets = td_lambda_targets(sequences, predictions, gamma=q_config.gamma, lambda_=q_config.return_lambda)
+    refit_read_out(
+        q_function,
+        sequences,
+        targets,
+        penalty=penalty,
+        config=q_config,
+        features=features,
+        tokens_per_batch=tokens_per_batch,
+        generator=np.random.default_rng(seed),
         progress=progress,
     )
 

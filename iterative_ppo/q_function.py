@@ -35,16 +35,16 @@ from iterative_ppo.adapters import (
 )
 from iterative_ppo.batching import own_micro_batches, pad_right
 from iterative_ppo.losses import lower_confidence
-from iterative_ppo.running_means import running_means
+from iterative_ppo.running_means import reliability, running_means
 from iterative_ppo.shared_prefix import TreeBatch, run_trees, takes_trees, tree_batches
 from iterative_ppo.supervised import Progress, no_progress
 
 Link = Literal["identity", "logistic"]
 ReadOut = Literal["last", "mean"]
-"""What the heads multiply at a token: its hidden state h, or [h ; mean of h over all tokens that it sees ; recent mean ; 1]."""
+"""What the heads multiply at a token: its hidden state, or that and means over what it sees (`QFunction.features_of`)."""
 TokenIds = tuple[int, ...]
 
-_SCHEMA = 3
+_SCHEMA = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,8 @@ class QFunction(nn.Module):
     """An ensemble of linear heads on one trunk; the checkpoint's single label is the mean head.
 
     q_m = link(head_m · features) for ensemble member m, and Q = link(mean_m head_m · features). The features are the
-    token's hidden state; of a frozen trunk also its means over what the token sees, and no label can say that.
+    token's hidden state; of a frozen trunk also its means over what the token sees, times the reliability of so many tokens,
+    which no label can say.
 
     Args:
         model: a sequence-classification model with one label: its trunk is used, its `score` is the mean head.
@@ -125,7 +126,7 @@ class QFunction(nn.Module):
         """
         model = _classifier_around(without_adapter(policy))
         _cut(model, max(1, round(depth * _num_layers(model))))
-        heads = torch.zeros(num_heads, 3 * model.config.get_text_config().hidden_size + 1, device=model.device)
+        heads = torch.zeros(num_heads, 3 * model.config.get_text_config().hidden_size + 2, device=model.device)
         return cls(model, link=link, heads=heads, read_out="mean")
 
     @classmethod
@@ -233,14 +234,17 @@ class QFunction(nn.Module):
         return self.features_of(run_trees(self._last_hidden, batch, device=self.device, dtype=self.model.dtype), batch)
 
     def features_of(self, hidden_BTD: Tensor, tree: TreeBatch | None = None) -> Tensor:
-        """Features [B, T, F] from the trunk's hidden states.
+        """Features [B, T, F] from the trunk's hidden states h: themselves, or [h ; ρ mean ; ρ recent mean ; ρ ; 1] with the
+        reliability ρ of what a token sees, in which heads can write ρ (weights · (mean − its mean over all logs)).
 
         Args:
             tree: the trees whose hidden states they are. Default: rows, in which a token sees all before it.
         """
         if self.read_out == "last":
             return hidden_BTD
-        return torch.cat([hidden_BTD, *running_means(hidden_BTD, tree), torch.ones_like(hidden_BTD[..., :1])], dim=-1)
+        reliability_BT1 = reliability(hidden_BTD, tree)
+        means = [reliability_BT1 * mean_BTD for mean_BTD in running_means(hidden_BTD, tree)]
+        return torch.cat([hidden_BTD, *means, reliability_BT1, torch.ones_like(reliability_BT1)], dim=-1)
 
     def scalars(self, features: Tensor) -> Tensor:
         """Every ensemble member's scalar, before the link, from features [..., F]: [..., M]."""

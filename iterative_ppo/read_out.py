@@ -2,7 +2,7 @@
 
 The trunk says at every token what it makes of the conversation, h_t and means of h over what that token sees; what it says
 does not change, so every ensemble member, penalty, fold and TD(lambda) return is a regression on the same numbers.
-N positions that are read, F features without the constant, M ensemble members.
+N positions that are read, F features (the hidden state and its means), M ensemble members.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +51,7 @@ class ReadOutHistory(FitHistory):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Points:
-    """Positions with their standardised features, a row each."""
+    """Positions with their features in the fit's units, a row each."""
 
     feature_NF: Tensor
     weight_NM: Tensor
@@ -60,7 +60,7 @@ class _Points:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Heads:
-    """scalar = weight · standardised features + bias, for each member; float64."""
+    """scalar = weight · features in the fit's units + bias, for each member; float64."""
 
     weight_MF: Tensor
     bias_M: Tensor
@@ -86,7 +86,8 @@ def fit_read_out(
     retarget: Callable[[Predictions], list[tuple[float, ...]]] | None = None,
     progress: Progress = no_progress,
 ) -> ReadOutHistory:
-    """Regresses Q's heads on the returns by L-BFGS: Σ w loss / Σ w + penalty/2 |weights|², in standardised features.
+    """Regresses Q's heads on the returns by L-BFGS: Σ w loss / Σ w + penalty/2 |weights|², in standardised features, those of
+    the means times their reliability.
 
     What is read weighs as in `fit_q_function`: the end of a response 1, the state before it 1, a few tokens in between 1
     together; and each ensemble member has its bootstrap of the conversations. HL-Gauss, which is a way to train a trunk,
@@ -105,13 +106,7 @@ def fit_read_out(
     require_returns_for(q_function.link, np.concatenate([sequence.returns for sequence in sequences]))
     assert any(held_out), "nothing to choose a penalty by"
     weight_of = bootstrap_weights(sequences, num_heads=q_function.heads.shape[0], generator=generator)
-    read = features.of(
-        q_function,
-        [sequence.token_ids for sequence in sequences],
-        [read_positions(sequence) for sequence in sequences],
-        tokens_per_batch=tokens_per_batch,
-        progress=progress,
-    )
+    read = _read(q_function, sequences, features, tokens_per_batch=tokens_per_batch, progress=progress)
 
     def fit() -> tuple[Tensor, ReadOutHistory]:
         regression = _Regression(q_function, sequences, read, held_out, weight_of, config)
@@ -126,6 +121,52 @@ def fit_read_out(
     with torch.no_grad():
         q_function.heads.copy_(heads)
     return history
+
+
+def refit_read_out(
+    q_function: QFunction,
+    sequences: Sequence[LabelledSequence],
+    targets: Sequence[tuple[float, ...]],
+    *,
+    penalty: float,
+    config: QFunctionConfig,
+    features: FeatureCache,
+    tokens_per_batch: int,
+    generator: np.random.Generator,
+    progress: Progress = no_progress,
+) -> None:
+    """The same regression with a penalty that has been chosen, on all sequences: those held out have done their work.
+
+    Args:
+        targets: of each sequence, one a span.
+    """
+    weight_of = bootstrap_weights(sequences, num_heads=q_function.heads.shape[0], generator=generator)
+    read = _read(q_function, sequences, features, tokens_per_batch=tokens_per_batch, progress=progress)
+
+    def refit() -> Tensor:
+        _Regression(q_function, sequences, read, [False] * len(sequences), weight_of, config).refit(targets, penalty)
+        return q_function.heads.detach().cpu()
+
+    heads = distributed.on_main(refit)
+    with torch.no_grad():
+        q_function.heads.copy_(heads)
+
+
+def _read(
+    q_function: QFunction,
+    sequences: Sequence[LabelledSequence],
+    features: FeatureCache,
+    *,
+    tokens_per_batch: int,
+    progress: Progress,
+) -> list[Tensor]:
+    return features.of(
+        q_function,
+        [sequence.token_ids for sequence in sequences],
+        [read_positions(sequence) for sequence in sequences],
+        tokens_per_batch=tokens_per_batch,
+        progress=progress,
+    )
 
 
 class _Regression:
@@ -144,28 +185,40 @@ class _Regression:
         self.config = config
         self.is_cross_entropy = config.loss == "binary_cross_entropy"
         returns = np.concatenate([sequence.returns for sequence in sequences])
-        self.unit = 1.0 if q_function.link == "logistic" else unit_of(returns)
+        self.return_unit = 1.0 if q_function.link == "logistic" else unit_of(returns)
         rows = range(len(sequences))
         train_rows = [row for row in rows if not held_out[row]]
         self.train = [sequences[row] for row in train_rows]
-        feature_NF = torch.cat([read[row][:, :-1] for row in train_rows])
+        self.num_states = q_function.model.config.get_text_config().hidden_size
+        feature_NF, reliability_N1 = self._parted([read[row] for row in train_rows])
         variance_F, self.mean_F = torch.var_mean(feature_NF, dim=0, correction=0)
         deviation_F = variance_F.sqrt()
-        self.deviation_F = deviation_F.where(deviation_F > _SMALLEST_DEVIATION, 1.0)
+        self.feature_unit_F = deviation_F.where(deviation_F > _SMALLEST_DEVIATION, 1.0)
+        # Means times their reliability shall still vary by 1, so that a penalty means the same for short conversations.
+        self.feature_unit_F[self.num_states :] *= reliability_N1.square().mean().sqrt()
         self.points = _Points(
-            feature_NF=self._standardised(feature_NF),
+            feature_NF=self._standardised(feature_NF, reliability_N1),
             weight_NM=torch.cat([_weights(s)[:, None] * weight_of[s.group] for s in self.train]).double(),
             target_N=self._targets([sequence.returns for sequence in self.train]),
         )
         out = [row for row in rows if held_out[row]]
-        is_end = [torch.tensor([is_end for *_, is_end in _places(sequences[row])]) for row in out]
-        feature_NF = torch.cat([read[row][own, :-1] for row, own in zip(out, is_end, strict=True)])
-        target_N = torch.cat([_targets(s, s.returns) for s in (sequences[row] for row in out)])[torch.cat(is_end)]
-        self.held_out = _Points(
-            feature_NF=self._standardised(feature_NF),
+        self.held_out = self._ends([sequences[row] for row in out], [read[row] for row in out]) if out else None
+
+    def _ends(self, sequences: Sequence[LabelledSequence], read: Sequence[Tensor]) -> _Points:
+        """The ends of responses, all with the same weight and their returns as given."""
+        is_end = [torch.tensor([is_end for *_, is_end in _places(sequence)]) for sequence in sequences]
+        feature_NF, reliability_N1 = self._parted([of_row[own] for of_row, own in zip(read, is_end, strict=True)])
+        target_N = torch.cat([_targets(s, s.returns) for s in sequences])[torch.cat(is_end)]
+        return _Points(
+            feature_NF=self._standardised(feature_NF, reliability_N1),
             weight_NM=torch.ones(len(target_N), 1, dtype=torch.float64),
-            target_N=target_N / self.unit,
+            target_N=target_N / self.return_unit,
         )
+
+    def refit(self, targets: Sequence[tuple[float, ...]], penalty: float) -> None:
+        """Leaves the Q-function with the heads of one penalty and the training sequences' targets."""
+        points = replace(self.points, target_N=self._targets(targets))
+        self._set(self._minimised(self._constant(), points, penalty))
 
     def fit(
         self,
@@ -272,24 +325,36 @@ class _Regression:
     @torch.no_grad()
     def _held_out_loss(self, heads: _Heads) -> float:
         """Of Q, which is the mean head's: each member has seen a part of the conversations, and by itself is worse."""
+        assert self.held_out is not None
         mean = _Heads(weight_MF=heads.weight_MF.mean(0, keepdim=True), bias_M=heads.bias_M.mean(0, keepdim=True))
         return float(self._member_losses(mean, self.held_out))
 
     @torch.no_grad()
     def _set(self, heads: _Heads) -> None:
         """Gives the Q-function heads for features and returns in their own units."""
-        weight_MF = heads.weight_MF / self.deviation_F
-        constant_M = heads.bias_M - weight_MF @ self.mean_F.double()
-        self.q_function.heads.copy_(self.unit * torch.cat([weight_MF, constant_M[:, None]], dim=1))
+        weight_MF = heads.weight_MF / self.feature_unit_F
+        of_mean_MF = -weight_MF * self.mean_F
+        of_reliability_M = of_mean_MF[:, self.num_states :].sum(1)
+        constants_M2 = torch.stack([of_reliability_M, heads.bias_M + of_mean_MF[:, : self.num_states].sum(1)], dim=1)
+        self.q_function.heads.copy_(self.return_unit * torch.cat([weight_MF, constants_M2], dim=1))
 
-    def _standardised(self, feature_NF: Tensor) -> Tensor:
-        """In place: it is the largest thing here."""
-        return feature_NF.sub_(self.mean_F).div_(self.deviation_F)
+    def _parted(self, read: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Hidden states and means [N, F], and the reliability [N, 1] that the means were multiplied by."""
+        reliability_N1 = torch.cat([of_row[:, -2:-1] for of_row in read])
+        feature_NF = torch.cat([of_row[:, :-2] for of_row in read])
+        feature_NF[:, self.num_states :].div_(reliability_N1)
+        return feature_NF, reliability_N1
+
+    def _standardised(self, feature_NF: Tensor, reliability_N1: Tensor) -> Tensor:
+        """In the fit's units; in place: it is the largest thing here."""
+        feature_NF.sub_(self.mean_F).div_(self.feature_unit_F)
+        feature_NF[:, self.num_states :].mul_(reliability_N1)
+        return feature_NF
 
     def _targets(self, targets: Sequence[tuple[float, ...]]) -> Tensor:
         """Of every training point, in the fit's unit."""
         target_N = torch.cat([_targets(s, target) for s, target in zip(self.train, targets, strict=True)])
-        return target_N.clamp(0, 1) if self.q_function.link == "logistic" else target_N / self.unit
+        return target_N.clamp(0, 1) if self.q_function.link == "logistic" else target_N / self.return_unit
 
 
 def _places(sequence: LabelledSequence) -> Iterator[tuple[int, int, float, bool]]:

@@ -1,4 +1,4 @@
-"""Means of hidden states over what a token sees: over all of it, and over what is recent.
+"""Means of hidden states over what a token sees, over all of it and over what is recent, and how far to trust them.
 
 B rows or trees, T tokens, D the width, C tokens of a chunk.
 """
@@ -10,6 +10,8 @@ from iterative_ppo.shared_prefix import TreeBatch
 
 HALF_LIFE_TOKENS = 64
 """After so many more tokens a token counts half as much in the recent mean."""
+RELIABILITY_TOKENS = 400
+"""The mean over so many tokens is half what is to be known and half chance."""
 _CHUNK_TOKENS = 256
 
 
@@ -30,6 +32,19 @@ def running_means(hidden_BTD: Tensor, tree: TreeBatch | None = None) -> tuple[Te
         share_BTT @ hidden_BTD / share_BTT.sum(-1, keepdim=True) for share_BTT in (sees_BTT, weight_BTT)
     )
     return mean_BTD, recent_BTD
+
+
+def reliability(hidden_BTD: Tensor, tree: TreeBatch | None = None) -> Tensor:
+    """√(n / (n + RELIABILITY_TOKENS)) at each token [B, T, 1], n being how many tokens it sees, itself included.
+
+    The correlation between a mean of n observations and what it estimates (Spearman 1910; Brown 1910): the beginning of a
+    conversation says less than all of it, and a regression on means must not take the one for the other.
+    """
+    if tree is None:
+        num_seen = torch.arange(1, hidden_BTD.shape[1] + 1, device=hidden_BTD.device)[None].expand(len(hidden_BTD), -1)
+    else:
+        num_seen = tree.position_BT.to(hidden_BTD.device) + 1
+    return (num_seen / (num_seen + RELIABILITY_TOKENS)).sqrt()[..., None].to(hidden_BTD.dtype)
 
 
 def _means_of_rows(hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:

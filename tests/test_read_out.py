@@ -19,6 +19,7 @@ from test_q_function import CARD, Logs, all_turns_of, by_response, by_state_alon
 from test_shared_prefix import conversation_rows, unzip
 
 from iterative_ppo import config as config_module
+from iterative_ppo import from_logs
 from iterative_ppo import policy as policy_module
 from iterative_ppo.batching import pad_right
 from iterative_ppo.commands import exchange, loop, single_stages
@@ -32,7 +33,7 @@ from iterative_ppo.open_step import find_open_step
 from iterative_ppo.q_fit import LabelledSequence, Predictions, bootstrap_weights, predict, predict_after_share
 from iterative_ppo.q_function import Link, QFunction, TokenValue, load_card
 from iterative_ppo.q_scoring import QScorer
-from iterative_ppo.read_out import ReadOutHistory, fit_read_out, read_positions
+from iterative_ppo.read_out import ReadOutHistory, fit_read_out, read_positions, refit_read_out
 from iterative_ppo.shared_prefix import tree_batches
 
 __all__ = ["small_models_have_adapters"]
@@ -75,8 +76,8 @@ def fit(
 
 
 @torch.no_grad()
-def test_the_features_are_the_state_the_means_of_what_it_sees_and_1(base: Path):
-    """Two rows, one of them padded by three: at its third token the means are of three tokens, whatever comes behind."""
+def test_the_features_are_the_state_and_means_of_what_it_sees_times_their_reliability(base: Path):
+    """ρ = √(n / (n + 400)) of the n tokens seen, then ρ and 1 themselves. Two rows, one of them padded by three: at its third token the means are of three tokens, whatever comes behind."""
     q_function = on_base(base)
     rows = [(tiny.USER, tiny.A, tiny.B), (tiny.USER, tiny.C, tiny.D, tiny.E, tiny.A, tiny.END)]
     token_BT, _ = pad_right(rows)
@@ -86,13 +87,15 @@ def test_the_features_are_the_state_the_means_of_what_it_sees_and_1(base: Path):
             mean_D = sum(hidden_BTD[b, s] for s in range(t + 1)) / (t + 1)
             weights = [2 ** ((s - t) / 64) for s in range(t + 1)]
             recent_D = sum(w * hidden_BTD[b, s] for s, w in enumerate(weights)) / sum(weights)
-            expected_F = torch.cat([hidden_BTD[b, t], mean_D, recent_D, torch.ones(1)])
+            reliability = ((t + 1) / (t + 1 + 400)) ** 0.5
+            means = torch.cat([mean_D, recent_D, torch.ones(1)])
+            expected_F = torch.cat([hidden_BTD[b, t], reliability * means, torch.ones(1)])
             np.testing.assert_allclose(feature_BTF[b, t], expected_F, rtol=0, atol=TOLERANCE)
             alone_F = q_function.features(torch.tensor([row[: t + 1]]))[0, -1]
             np.testing.assert_allclose(feature_BTF[b, t], alone_F, rtol=0, atol=TOLERANCE)
     width = hidden_BTD.shape[2]
     over_padding_D = hidden_BTD[0].mean(0)
-    assert (feature_BTF[0, 2, width : 2 * width] - over_padding_D).abs().max() > 0.01
+    assert (feature_BTF[0, 2, width : 2 * width] / (3 / 403) ** 0.5 - over_padding_D).abs().max() > 0.01
 
 
 @torch.no_grad()
@@ -123,8 +126,8 @@ def test_features_of_another_depth_are_not_mixed_in(base: Path):
 def test_means_over_a_long_row_are_exact(base: Path):
     q_function = on_base(base)
     hidden_BTD = 100 + torch.randn(1, 20_000, 2, generator=torch.Generator().manual_seed(0))
-    means_F = q_function.features_of(hidden_BTD)[0, -1, 2:6]
-    np.testing.assert_allclose(means_F[:2], hidden_BTD[0].double().mean(0), rtol=1e-7)
+    means_F = q_function.features_of(hidden_BTD)[0, -1, 2:6] / (20_000 / 20_400) ** 0.5
+    np.testing.assert_allclose(means_F[:2], hidden_BTD[0].double().mean(0), rtol=3e-7)
     weight_T1 = 2.0 ** (torch.arange(-19_999, 1, dtype=torch.float64) / 64)[:, None]
     recent_D = (weight_T1 * hidden_BTD[0]).sum(0) / weight_T1.sum()
     np.testing.assert_allclose(means_F[2:], recent_D, rtol=1e-6)
@@ -200,20 +203,19 @@ def test_a_state_a_few_tokens_of_a_response_and_its_end_are_read():
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Design:
-    """The regression's rows, made anew from the definition: standardised features of everything read, and weights."""
+    """The regression's rows, made anew from the definition: features of everything read, as the heads multiply them (without
+    the constant) and standardised, those of the means times their reliability in units of its root mean square; and weights."""
 
+    read_NF: np.ndarray
     standardised_NF: np.ndarray
-    mean_F: np.ndarray
-    deviation_F: np.ndarray
     weight_N: np.ndarray
     group_N: list[str]
     return_N: np.ndarray
 
     def scalars(self, heads_MG: torch.Tensor) -> np.ndarray:
         """[N, M] of heads for features in their own units, the constant last."""
-        feature_NF = self.standardised_NF * self.deviation_F + self.mean_F
         weights = heads_MG.detach().double().numpy()
-        return np.asarray(feature_NF @ weights[:, :-1].T + weights[:, -1])
+        return np.asarray(self.read_NF @ weights[:, :-1].T + weights[:, -1])
 
 
 @torch.no_grad()
@@ -229,12 +231,15 @@ def design(q_function: QFunction, sequences: Sequence[LabelledSequence]) -> Desi
                 weights.append(1 / len(between) if position in between else 1.0)
                 groups.append(sequence.group)
                 returns.append(value)
-    feature_NF = np.array(features)
-    mean_F, deviation_F = feature_NF.mean(0), feature_NF.std(0)
+    read_NF = np.array(features)
+    width = read_NF.shape[1] // 3
+    reliability_N1 = read_NF[:, -1:]
+    said_NF = np.concatenate([read_NF[:, :width], read_NF[:, width:-1] / reliability_N1], axis=1)
+    standardised_NF = (said_NF - said_NF.mean(0)) / said_NF.std(0)
+    standardised_NF[:, width:] *= reliability_N1 / np.sqrt((reliability_N1**2).mean())
     return Design(
-        standardised_NF=(feature_NF - mean_F) / deviation_F,
-        mean_F=mean_F,
-        deviation_F=deviation_F,
+        read_NF=read_NF,
+        standardised_NF=standardised_NF,
         weight_N=np.array(weights),
         group_N=groups,
         return_N=np.array(returns),
@@ -255,7 +260,8 @@ def test_weaker_penalties_are_tried_until_one_beats_the_mean_return(base: Path):
 
 
 def test_squared_errors_heads_are_ridge_regressions_each_on_its_bootstrap(base: Path):
-    """(Xᵀ W X / ΣW + λ/2) w = Xᵀ W (y − b) / ΣW with the constant's normal equation beside it, y in standard deviations."""
+    """(Xᵀ W X / ΣW + λ/2) w = Xᵀ W (y − b) / ΣW with the constant's normal equation beside it, y in standard deviations: on
+    the training conversations, and after the refit on all."""
     logs = make_logs(150, by_response, seed=1)
     logs = Logs(
         sequences=[dataclasses.replace(s, returns=tuple(10 + 3 * x for x in s.returns)) for s in logs.sequences],
@@ -264,21 +270,36 @@ def test_squared_errors_heads_are_ridge_regressions_each_on_its_bootstrap(base: 
     q_function = QFunction.on_base(load(base).model, depth=1.0, link="identity", num_heads=3)
     history = fit(q_function, logs, num_train=120, loss="squared_error")
     assert history.best_pass == 1, "the heads are the constant"
-    d = design(q_function, logs.sequences[:120])
     unit = np.std([x for s in logs.sequences for x in s.returns])
     weight_of = bootstrap_weights(logs.sequences, num_heads=3, generator=np.random.default_rng(0))
-    bootstrap_NM = np.stack([weight_of[group].double().numpy() for group in d.group_N])
-    assert set(np.unique(bootstrap_NM)) >= {0, 1, 2}
-    design_NG = np.c_[d.standardised_NF, np.ones(len(d.return_N))]
-    scalar_NM = d.scalars(q_function.heads)
-    for member in range(3):
-        weight_N = d.weight_N * bootstrap_NM[:, member]
-        weight_N = weight_N / weight_N.sum()
-        ridge_GG = history.penalty / 2 * np.diag([1.0] * d.standardised_NF.shape[1] + [0.0])
-        moments_G = design_NG.T @ (weight_N * d.return_N / unit)
-        solution_G = np.linalg.solve(design_NG.T * weight_N @ design_NG + ridge_GG, moments_G)
-        np.testing.assert_allclose(scalar_NM[:, member], unit * design_NG @ solution_G, rtol=0, atol=2e-3 * unit)
-    assert np.abs(scalar_NM[:, 0] - scalar_NM[:, 1]).max() > 0.1 * unit, "members differ"
+
+    def check(sequences: Sequence[LabelledSequence]) -> None:
+        d = design(q_function, sequences)
+        bootstrap_NM = np.stack([weight_of[group].double().numpy() for group in d.group_N])
+        assert set(np.unique(bootstrap_NM)) >= {0, 1, 2}
+        design_NG = np.c_[d.standardised_NF, np.ones(len(d.return_N))]
+        scalar_NM = d.scalars(q_function.heads)
+        for member in range(3):
+            weight_N = d.weight_N * bootstrap_NM[:, member]
+            weight_N = weight_N / weight_N.sum()
+            ridge_GG = history.penalty / 2 * np.diag([1.0] * d.standardised_NF.shape[1] + [0.0])
+            moments_G = design_NG.T @ (weight_N * d.return_N / unit)
+            solution_G = np.linalg.solve(design_NG.T * weight_N @ design_NG + ridge_GG, moments_G)
+            np.testing.assert_allclose(scalar_NM[:, member], unit * design_NG @ solution_G, rtol=0, atol=2e-3 * unit)
+        assert np.abs(scalar_NM[:, 0] - scalar_NM[:, 1]).max() > 0.1 * unit, "members differ"
+
+    check(logs.sequences[:120])
+    refit_read_out(
+        q_function,
+        logs.sequences,
+        [sequence.returns for sequence in logs.sequences],
+        penalty=history.penalty,
+        config=QFunctionConfig(link="identity", loss="squared_error"),
+        features=FeatureCache(),
+        tokens_per_batch=TOKENS,
+        generator=np.random.default_rng(0),
+    )
+    check(logs.sequences)
 
 
 def test_cross_entropys_heads_are_those_of_logistic_regression(base: Path):
@@ -361,24 +382,24 @@ def test_returns_beyond_the_link_are_refused(base: Path):
 
 def test_new_targets_are_fitted_to_the_same_features(base: Path):
     """TD(λ): asked before every pass but the first, from what Q says by then; the held-out loss stays that of the returns."""
-    logs = make_logs(300, by_state_alone, seed=0)
+    logs = make_logs(600, by_state_alone, seed=0)
     q_function = QFunction.on_base(load(base).model, depth=1.0, link="logistic", num_heads=2)
     asked: list[np.ndarray] = []
 
     def nothing(predictions: Predictions) -> list[tuple[float, ...]]:
         asked.append(predictions.q_value)
-        return [(0.25, 0.25)] * 200
+        return [(0.25, 0.25)] * 500
 
-    history = fit(q_function, logs, num_train=200, retarget=nothing, max_passes=4, patience_passes=9)
+    history = fit(q_function, logs, num_train=500, retarget=nothing, max_passes=4, patience_passes=9)
     assert len(asked) == 3
     assert asked[0].std() > 0.05, "from the fit to the returns"
-    assert asked[1] == pytest.approx(0.25, abs=0.01), "and then from the fit to what was made of it"
+    assert asked[1] == pytest.approx(0.25, abs=0.02), "and then from the fit to what was made of it"
     assert len(history.held_out_losses) == 5
     assert history.best_pass == 1
-    kept = predict(q_function, logs.sequences[:200], tokens_per_batch=TOKENS).q_value
+    kept = predict(q_function, logs.sequences[:500], tokens_per_batch=TOKENS).q_value
     np.testing.assert_allclose(kept, asked[0], rtol=0, atol=TOLERANCE, err_msg="the best pass is kept")
     asked.clear()
-    fit(q_function, logs, num_train=200, retarget=nothing, max_passes=4, patience_passes=1)
+    fit(q_function, logs, num_train=500, retarget=nothing, max_passes=4, patience_passes=1)
     assert len(asked) == 1, "one pass that is no better is enough"
 
 
@@ -433,6 +454,33 @@ def test_predictions_from_the_cache_are_those_of_a_pass(base: Path):
             for cache in (features, None)
         )
         assert known_after == pytest.approx(read_after, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("return_lambda", [1.0, 0.5])
+def test_a_fit_from_logs_ends_with_all_conversations_and_reports_on_those_held_out_before(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, return_lambda: float
+):
+    refits: list[tuple[int, float]] = []
+
+    def refit(_: QFunction, sequences: Sequence[Any], targets: Sequence[Any], *, penalty: float, **__: object) -> None:
+        assert len(targets) == len(sequences)
+        assert (targets == [s.returns for s in sequences]) == (return_lambda == 1)
+        refits.append((len(sequences), penalty))
+
+    said = ["aa" if i % 2 else "bb" for i in range(60)]
+    turns = [[user("c"), assistant(text), user("d"), assistant(text)] for text in said]
+    lines = [record(*turns[i], id=f"c{i}", outcome=float(i % 2)) for i in range(60)]
+    conversations = list(read_conversations(write_lines(tmp_path / "log.jsonl", *lines)))
+    settings = {"return_lambda": return_lambda, "held_out_share": 0.3}
+    config = config_of(base, q_function=settings)
+    arguments: dict[str, Any] = {"name": "p", "seed": 0, "progress": lambda *_: None}
+    whole = fit_q_from_logs(config, load(base), conversations, **arguments)
+    monkeypatch.setattr(from_logs, "refit_read_out", refit)
+    without = fit_q_from_logs(config, load(base), conversations, **arguments)
+    assert whole.card.metrics["best_pass"] > 0, "the mean return is not refitted, and nothing is shown"
+    assert refits == [(60, whole.card.metrics["penalty"])]
+    assert dataclasses.asdict(whole.report) == dataclasses.asdict(without.report)
+    assert not torch.equal(whole.q_function.heads, without.q_function.heads)
 
 
 def write_log(path: Path, num_conversations: int = 24) -> Path:
