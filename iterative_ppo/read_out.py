@@ -5,8 +5,9 @@ does not change, so every ensemble member, penalty, fold and TD(lambda) return i
 N positions that are read, F features (the hidden state and its means), M ensemble members.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -27,10 +28,12 @@ from iterative_ppo.q_function import QFunction
 from iterative_ppo.supervised import FitHistory, Progress, no_progress
 
 _PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(4, -9, -1))  # from 100 to 0.0001
-_PATIENCE_PENALTIES = 3
+_NUM_FOLDS = 5
 _NUM_BETWEEN = 3
+_CHUNK_ROWS = 4096
 _MOST_STEPS = 100
 _SMALLEST_DEVIATION = 1e-6
+_SMALLEST_CHANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +49,7 @@ class ReadOutHistory(FitHistory):
 
     penalty: float
     penalty_losses: dict[str, float]
-    """Held-out loss by penalty, from the strongest to where it had got worse for a while."""
+    """Cross-validated loss on the training conversations by penalty, from `inf`, the constant, to the weakest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,11 +94,12 @@ def fit_read_out(
 
     What is read weighs as in `fit_q_function`: the end of a response 1, the state before it 1, a few tokens in between 1
     together; and each ensemble member has its bootstrap of the conversations. HL-Gauss, which is a way to train a trunk,
-    is squared error here. The penalty is that of the lowest held-out loss of Q at the responses' ends.
+    is squared error here. The penalty is that of the lowest loss at the ends of responses of conversations left out, in
+    folds of the training conversations; where none is below that of the mean return, Q is the mean return.
 
     Args:
         q_function: a read-out of a frozen trunk; its heads are set.
-        held_out: the sequences that choose the penalty, always by their returns as given.
+        held_out: the sequences that decide between passes, always by their returns as given.
         features: what is known of the trunk's features; what is lacking is computed and kept there.
         retarget: makes new targets of the training sequences from Q's present predictions on them (TD(λ) returns);
             asked before every pass but the first, of `max_passes` at most.
@@ -104,13 +108,14 @@ def fit_read_out(
         ValueError: returns outside [0, 1] with the logistic link.
     """
     require_returns_for(q_function.link, np.concatenate([sequence.returns for sequence in sequences]))
-    assert any(held_out), "nothing to choose a penalty by"
+    assert any(held_out), "nothing to decide by"
     weight_of = bootstrap_weights(sequences, num_heads=q_function.heads.shape[0], generator=generator)
     read = _read(q_function, sequences, features, tokens_per_batch=tokens_per_batch, progress=progress)
 
     def fit() -> tuple[Tensor, ReadOutHistory]:
         regression = _Regression(q_function, sequences, read, held_out, weight_of, config)
         history = regression.fit(
+            generator,
             retarget,
             lambda train: predict(q_function, train, tokens_per_batch=tokens_per_batch, features=features),
             progress,
@@ -169,6 +174,35 @@ def _read(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Moments:
+    """Weighted sums over positions, float64: all that a linear regression needs."""
+
+    weight: Tensor
+    feature_F: Tensor
+    target: Tensor
+    square_FF: Tensor
+    product_F: Tensor
+
+    @classmethod
+    def of(cls, feature_NF: Tensor, weight_N: Tensor, target_N: Tensor) -> "_Moments":
+        """Products in float32, sums of many in float64: a weak penalty must still be more than the rounding."""
+        num_features = feature_NF.shape[1]
+        shapes = ((), (num_features,), (), (num_features, num_features), (num_features,))
+        sums = cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+        for x_CF, w_C, y_C in zip(*(x.split(_CHUNK_ROWS) for x in (feature_NF, weight_N, target_N)), strict=True):
+            weighted_CF = x_CF * w_C[:, None]
+            sums.weight.add_(w_C.sum())
+            sums.feature_F.add_(weighted_CF.sum(0))
+            sums.target.add_((w_C * y_C).sum())
+            sums.square_FF.add_(weighted_CF.T @ x_CF)
+            sums.product_F.add_(weighted_CF.T @ y_C)
+        return sums
+
+    def minus(self, other: "_Moments") -> "_Moments":
+        return _Moments(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+
 class _Regression:
     """The heads' regression on features that stay as they are, in the processor's memory."""
 
@@ -201,6 +235,9 @@ class _Regression:
             weight_NM=torch.cat([_weights(s)[:, None] * weight_of[s.group] for s in self.train]).double(),
             target_N=self._targets([sequence.returns for sequence in self.train]),
         )
+        self.weight_N = torch.cat([_weights(s) for s in self.train])
+        self.is_end_N = torch.tensor([is_end for s in self.train for *_, is_end in _places(s)])
+        self.moments = self._moments_of(slice(None))
         out = [row for row in rows if held_out[row]]
         self.held_out = self._ends([sequences[row] for row in out], [read[row] for row in out]) if out else None
 
@@ -222,6 +259,7 @@ class _Regression:
 
     def fit(
         self,
+        generator: np.random.Generator,
         retarget: Callable[[Predictions], list[tuple[float, ...]]] | None,
         predict_on: Callable[[Sequence[LabelledSequence]], Predictions],
         progress: Progress,
@@ -229,10 +267,12 @@ class _Regression:
         """Leaves the Q-function with the best pass's heads; the constant's, where none is better."""
         constant = self._constant()
         held_out_losses = [self._held_out_loss(constant)]
-        penalty, heads, penalty_losses = self._search(constant, held_out_losses[0], progress)
-        held_out_losses.append(penalty_losses[f"{penalty:g}"])
+        penalty_losses = self._cross_validated_losses(generator, progress)
+        penalty = min(_PENALTIES, key=penalty_losses.__getitem__)
+        heads = self._minimised(constant, self.points, penalty)
+        held_out_losses.append(self._held_out_loss(heads))
         train_losses = [self._train_loss(heads, self.points)]
-        best_pass = int(held_out_losses[1] < held_out_losses[0])
+        best_pass = int(penalty_losses[penalty] < penalty_losses[math.inf])
         best = heads if best_pass else constant
         self._set(heads)
         for pass_ in range(2, self.config.max_passes + 1):
@@ -254,69 +294,116 @@ class _Regression:
             held_out_losses=tuple(held_out_losses),
             best_pass=best_pass,
             penalty=penalty,
-            penalty_losses=penalty_losses,
+            penalty_losses={f"{tried:g}": loss for tried, loss in penalty_losses.items()},
         )
 
-    def _search(
-        self, constant: _Heads, constant_loss: float, progress: Progress
-    ) -> tuple[float, _Heads, dict[str, float]]:
-        """The penalty of the lowest held-out loss, its heads, and the losses of all that were tried.
+    def _cross_validated_losses(self, generator: np.random.Generator, progress: Progress) -> dict[float, float]:
+        """Mean loss at the ends of responses of conversations left out, by penalty; infinity is the constant's.
 
-        Weaker penalties are tried until it has got worse for a while; but not before one has beaten the constant, since
-        what only weak ones can say looks like noise under strong ones.
+        Of one Newton step from the constant, which takes squared errors without a link to their minimum: enough to tell
+        penalties apart, and all of them come from the same sums.
         """
-        found: list[float] = []
-        heads = best = constant
-        for place, penalty in enumerate(_PENALTIES):
-            heads = self._minimised(heads, self.points, penalty)
-            found.append(self._held_out_loss(heads))
-            if found[-1] == min(found):
-                best = heads
-            elif min(found) < constant_loss and place - int(np.argmin(found)) >= _PATIENCE_PENALTIES:
-                break
-            progress("fit Q", place + 1, len(_PENALTIES))
-        progress("fit Q", len(_PENALTIES), len(_PENALTIES))
-        tried = dict(zip((f"{penalty:g}" for penalty in _PENALTIES), found, strict=False))
-        return _PENALTIES[int(np.argmin(found))], best, tried
+        groups = sorted({sequence.group for sequence in self.train})
+        num_folds = min(_NUM_FOLDS, len(groups))
+        if num_folds < 2:  # nothing to leave out, and nothing to go by but the constant
+            return dict.fromkeys((math.inf, *_PENALTIES), 0.0)
+        fold_of = dict(zip(groups, (generator.permutation(len(groups)) % num_folds).tolist(), strict=True))
+        fold_N = torch.tensor([fold_of[s.group] for s in self.train for _ in _places(s)])
+        losses_of: dict[float, list[Tensor]] = {penalty: [] for penalty in (math.inf, *_PENALTIES)}
+        for fold in range(num_folds):
+            out = fold_N == fold
+            ends = out & self.is_end_N
+            steps = self._newton_steps(self.moments.minus(self._moments_of(out)))
+            for found, heads in zip(losses_of.values(), steps, strict=True):
+                scalar_N = heads.scalars(self.points.feature_NF[ends])[:, 0]
+                found.append(self._losses(scalar_N, self.points.target_N[ends]))
+            progress("choose the penalty", fold + 1, num_folds)
+        return {penalty: float(torch.cat(found).mean()) for penalty, found in losses_of.items()}
+
+    def _moments_of(self, rows: Tensor | slice) -> _Moments:
+        points = self.points
+        return _Moments.of(points.feature_NF[rows], self.weight_N[rows], points.target_N[rows].float())
+
+    def _newton_steps(self, moments: _Moments) -> Iterator[_Heads]:
+        """The constant, and from there one Newton step for each penalty."""
+        mean_F, mean = moments.feature_F / moments.weight, float(moments.target / moments.weight)
+        scalar, slope, curvature = self._at_constant(mean)
+        slope_F = slope * (moments.product_F / moments.weight - mean_F * mean)
+        for penalty in (math.inf, *_PENALTIES):
+            weight_F = torch.zeros_like(mean_F)
+            if penalty < math.inf:
+                factor_FF = self._factor(moments, curvature, penalty)
+                weight_F = torch.cholesky_solve(slope_F[:, None], factor_FF)[:, 0]
+            yield _Heads(weight_MF=weight_F[None], bias_M=(scalar - mean_F @ weight_F)[None])
+
+    @staticmethod
+    def _factor(moments: _Moments, curvature: float, penalty: float) -> Tensor:
+        """Lower Cholesky factor of the objective's second derivative [F, F] at the constant."""
+        mean_F = moments.feature_F / moments.weight
+        covariance_FF = moments.square_FF / moments.weight - torch.outer(mean_F, mean_F)
+        return torch.linalg.cholesky(curvature * covariance_FF + penalty * torch.eye(len(mean_F)))
+
+    def _at_constant(self, mean: float) -> tuple[float, float, float]:
+        """The scalar that gives the mean target, and there, in the scalar, the loss's slope for each unit that the target
+        lies above it, and the loss's curvature."""
+        if self.q_function.link == "identity":
+            return mean, 2.0, 2.0
+        mean = min(max(mean, _SMALLEST_CHANCE), 1 - _SMALLEST_CHANCE)
+        variance = mean * (1 - mean)  # the link's slope
+        scalar = math.log(mean / (1 - mean))
+        return (scalar, 1.0, variance) if self.is_cross_entropy else (scalar, 2 * variance, 2 * variance**2)
 
     def _constant(self) -> _Heads:
         """Each member's mean return, whatever the features."""
         weight_NM = self.points.weight_NM
         mean_M = (weight_NM * self.points.target_N[:, None]).sum(0) / weight_NM.sum(0).clamp(min=1e-12)
         if self.q_function.link == "logistic":
-            mean_M = mean_M.clamp(1e-3, 1 - 1e-3).logit()
+            mean_M = mean_M.clamp(_SMALLEST_CHANCE, 1 - _SMALLEST_CHANCE).logit()
         num_features = self.points.feature_NF.shape[1]
         return _Heads(weight_MF=torch.zeros(len(mean_M), num_features, dtype=torch.float64), bias_M=mean_M)
 
     def _minimised(self, start: _Heads, points: _Points, penalty: float) -> _Heads:
-        heads = _Heads(weight_MF=start.weight_MF.clone().requires_grad_(), bias_M=start.bias_M.clone().requires_grad_())
+        """By L-BFGS over weights times the factor of the second derivative, in which all directions are about as steep."""
+        _, _, curvature = self._at_constant(float(self.moments.target / self.moments.weight))
+        factor_FF = self._factor(self.moments, curvature, penalty)
+        scaled_MF = (start.weight_MF @ factor_FF).requires_grad_()
+        bias_M = start.bias_M.clone().requires_grad_()
         optimizer = torch.optim.LBFGS(
-            [heads.weight_MF, heads.bias_M],
+            [scaled_MF, bias_M],
             max_iter=_MOST_STEPS,
             tolerance_grad=1e-6,
             tolerance_change=1e-9,
             line_search_fn="strong_wolfe",
         )
 
+        def heads() -> _Heads:
+            weight_MF = torch.linalg.solve_triangular(factor_FF, scaled_MF, upper=False, left=False)
+            return _Heads(weight_MF=weight_MF, bias_M=bias_M)
+
         def objective() -> Tensor:
             optimizer.zero_grad()
-            total = self._member_losses(heads, points).sum() + penalty / 2 * heads.weight_MF.square().sum()
+            found = heads()
+            total = self._member_losses(found, points).sum() + penalty / 2 * found.weight_MF.square().sum()
             total.backward()
             return total.detach()
 
         with torch.enable_grad():
             optimizer.step(objective)
-        return _Heads(weight_MF=heads.weight_MF.detach(), bias_M=heads.bias_M.detach())
+        with torch.no_grad():
+            found = heads()
+            return _Heads(weight_MF=found.weight_MF, bias_M=found.bias_M.clone())
 
     def _member_losses(self, heads: _Heads, points: _Points) -> Tensor:
         """Every member's weighted mean loss."""
         scalar_NM = heads.scalars(points.feature_NF)
-        target_NM = points.target_N[:, None].expand_as(scalar_NM)
-        if self.is_cross_entropy:
-            loss_NM = losses.binary_cross_entropy(scalar_NM, target_NM)
-        else:
-            loss_NM = losses.squared_error(self.q_function.to_value(scalar_NM), target_NM)
+        loss_NM = self._losses(scalar_NM, points.target_N[:, None].expand_as(scalar_NM))
         return (loss_NM * points.weight_NM).sum(0) / points.weight_NM.sum(0).clamp(min=1e-12)
+
+    def _losses(self, scalar: Tensor, target: Tensor) -> Tensor:
+        """The loss of each scalar."""
+        if self.is_cross_entropy:
+            return losses.binary_cross_entropy(scalar, target)
+        return losses.squared_error(self.q_function.to_value(scalar), target)
 
     @torch.no_grad()
     def _train_loss(self, heads: _Heads, points: _Points) -> float:
