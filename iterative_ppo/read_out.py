@@ -199,6 +199,15 @@ class _Moments:
             sums.product_F.add_(weighted_CF.T @ y_C)
         return sums
 
+    @property
+    def mean(self) -> Tensor:
+        """Of the features [F]."""
+        return self.feature_F / self.weight
+
+    def covariance(self) -> Tensor:
+        """Of the features [F, F]."""
+        return self.square_FF / self.weight - torch.outer(self.mean, self.mean)
+
     def minus(self, other: "_Moments") -> "_Moments":
         return _Moments(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
@@ -326,22 +335,16 @@ class _Regression:
 
     def _newton_steps(self, moments: _Moments) -> Iterator[_Heads]:
         """The constant, and from there one Newton step for each penalty."""
-        mean_F, mean = moments.feature_F / moments.weight, float(moments.target / moments.weight)
+        mean_F, mean = moments.mean, float(moments.target / moments.weight)
         scalar, slope, curvature = self._at_constant(mean)
         slope_F = slope * (moments.product_F / moments.weight - mean_F * mean)
+        curvature_FF = curvature * moments.covariance()
         for penalty in (math.inf, *_PENALTIES):
             weight_F = torch.zeros_like(mean_F)
             if penalty < math.inf:
-                factor_FF = self._factor(moments, curvature, penalty)
+                factor_FF = _factor(curvature_FF, penalty)
                 weight_F = torch.cholesky_solve(slope_F[:, None], factor_FF)[:, 0]
             yield _Heads(weight_MF=weight_F[None], bias_M=(scalar - mean_F @ weight_F)[None])
-
-    @staticmethod
-    def _factor(moments: _Moments, curvature: float, penalty: float) -> Tensor:
-        """Lower Cholesky factor of the objective's second derivative [F, F] at the constant."""
-        mean_F = moments.feature_F / moments.weight
-        covariance_FF = moments.square_FF / moments.weight - torch.outer(mean_F, mean_F)
-        return torch.linalg.cholesky(curvature * covariance_FF + penalty * torch.eye(len(mean_F)))
 
     def _at_constant(self, mean: float) -> tuple[float, float, float]:
         """The scalar that gives the mean target, and there, in the scalar, the loss's slope for each unit that the target
@@ -365,7 +368,7 @@ class _Regression:
     def _minimised(self, start: _Heads, points: _Points, penalty: float) -> _Heads:
         """By L-BFGS over weights times the factor of the second derivative, in which all directions are about as steep."""
         _, _, curvature = self._at_constant(float(self.moments.target / self.moments.weight))
-        factor_FF = self._factor(self.moments, curvature, penalty)
+        factor_FF = _factor(curvature * self.moments.covariance(), penalty)
         scaled_MF = (start.weight_MF @ factor_FF).requires_grad_()
         bias_M = start.bias_M.clone().requires_grad_()
         optimizer = torch.optim.LBFGS(
@@ -442,6 +445,11 @@ class _Regression:
         """Of every training point, in the fit's unit."""
         target_N = torch.cat([_targets(s, target) for s, target in zip(self.train, targets, strict=True)])
         return target_N.clamp(0, 1) if self.q_function.link == "logistic" else target_N / self.return_unit
+
+
+def _factor(curvature_FF: Tensor, penalty: float) -> Tensor:
+    """Lower Cholesky factor of the objective's second derivative, the loss's and the penalty's."""
+    return torch.linalg.cholesky(curvature_FF + penalty * torch.eye(len(curvature_FF)))
 
 
 def _places(sequence: LabelledSequence) -> Iterator[tuple[int, int, float, bool]]:

@@ -281,7 +281,7 @@ def test_the_penalty_is_the_one_of_the_lowest_loss_on_conversations_left_out(bas
 
 @pytest.mark.parametrize("loss", ["binary_cross_entropy", "squared_error"])
 def test_penalties_are_told_apart_by_the_loss_and_link_of_the_fit(base: Path, loss: str):
-    """One Newton step in place of a minimum: near enough to it to rank penalties as fits that leave the same fold out do."""
+    """One Newton step in place of a minimum sees what is to be learnt, and in the strongest penalty the constant."""
     logs = make_logs(300, by_state_alone, seed=0)
     history = fit(on_base(base), logs, num_train=299, loss=loss)
     tried = {float(penalty): found for penalty, found in history.penalty_losses.items()}
@@ -431,7 +431,7 @@ def test_new_targets_are_fitted_to_the_same_features(base: Path):
     history = fit(q_function, logs, num_train=500, retarget=nothing, max_passes=4, patience_passes=9)
     assert len(asked) == 3
     assert asked[0].std() > 0.05, "from the fit to the returns"
-    assert asked[1] == pytest.approx(0.25, abs=0.02), "and then from the fit to what was made of it"
+    assert asked[1] == pytest.approx(0.25, abs=0.01), "and then from the fit to what was made of it"
     assert len(history.held_out_losses) == 5
     assert history.best_pass == 1
     kept = predict(q_function, logs.sequences[:500], tokens_per_batch=TOKENS).q_value
