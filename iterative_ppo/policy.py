@@ -69,14 +69,21 @@ class Policy:
         model: a causal language model.
         tokenizer: its tokenizer, with a chat template.
         config: context, response length and temperature are read; the model's own context limit is kept if smaller.
+        renderer: of a policy with the same tokenizer and context. Default: one of its own.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: PolicyConfig) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PolicyConfig,
+        renderer: Renderer | None = None,
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.config = config
         self.temperature = config.temperature
-        self.renderer = Renderer(
+        self.renderer = renderer or Renderer(
             tokenizer,
             context_tokens=context_limit(model, config),
             max_response_tokens=config.max_response_tokens,
@@ -174,11 +181,11 @@ class Policy:
         model = adapters.copy_sharing_frozen(self.model)
         if adapters.is_frozen(model):
             adapters.add_adapter(model, rank=self.config.lora_rank, seed=seed)
-        return Policy(model, self.tokenizer, self.config)
+        return Policy(model, self.tokenizer, self.config, self.renderer)
 
     def merged(self) -> "Policy":
         """The same policy as a plain model, all weights its own."""
-        return Policy(adapters.merged(self.model), self.tokenizer, self.config)
+        return Policy(adapters.merged(self.model), self.tokenizer, self.config, self.renderer)
 
     @property
     def device(self) -> torch.device:

@@ -19,6 +19,7 @@ TokenIds = tuple[int, ...]
 
 _PROBE = "PROBE"
 _MAX_REMEMBERED_CHARACTERS = 20_000_000
+_MAX_REMEMBERED_TOKENS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +129,8 @@ class Renderer:
             self._backend.no_padding()
         self._pieces: dict[str, TokenIds] = {}
         self._num_remembered_characters = 0
+        self._prompts: dict[tuple[tuple[str, str], ...], RenderedPrompt] = {}
+        self._num_remembered_tokens = 0
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(
             tokenizer.all_special_tokens
         )
@@ -144,8 +147,32 @@ class Renderer:
         """The prompt for the next response, as tokens.
 
         Longer than the context: the oldest messages are dropped whole, the system message and the latest message
-        stay; if those alone are too long, the beginning of what is left is cut.
+        stay; if those alone are too long, the beginning of what is left is cut. Remembered: what a policy was asked when
+        conversations were collected is asked again when Q is fitted and when the policy is improved.
         """
+        key = tuple((message["role"], message["content"]) for message in chat)
+        rendered = self._prompts.get(key)
+        if rendered is None:
+            rendered = self._rendered(chat)
+            self._num_remembered_tokens += len(rendered.token_ids)
+            if self._num_remembered_tokens > _MAX_REMEMBERED_TOKENS:
+                self._prompts.clear()
+                self._num_remembered_tokens = len(rendered.token_ids)
+            self._prompts[key] = rendered
+        return rendered
+
+    def renders_as(self, other: "Renderer") -> bool:
+        """Whether the other one makes the same tokens of every chat."""
+        return (
+            self._backend is not None
+            and other._backend is not None
+            and (self.context_tokens, self.prompt_budget) == (other.context_tokens, other.prompt_budget)
+            and self.tokenizer.chat_template == other.tokenizer.chat_template
+            and self.tokenizer.special_tokens_map == other.tokenizer.special_tokens_map
+            and self._backend.to_str() == other._backend.to_str()
+        )
+
+    def _rendered(self, chat: Chat) -> RenderedPrompt:
         chat = list(chat)
         num_system = int(bool(chat) and chat[0]["role"] == "system")
         num_droppable = len(chat) - num_system - 1

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 
 from iterative_ppo import config, stages
 from iterative_ppo.conversation_log import write_conversations
 from iterative_ppo.conversations import Conversation, Message
 from iterative_ppo.intervals import Interval
-from iterative_ppo.policy import Policy
 from iterative_ppo.policy_iteration import iterate
 from iterative_ppo.run_directory import RunDirectory, Stage
 from iterative_ppo.stages import Stages, gate
@@ -199,7 +199,7 @@ def test_the_gate_is_wrong_about_equal_policies_as_often_as_it_says() -> None:
 @pytest.fixture
 def real_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
     """Stages on a real run folder; no policy is loaded."""
-    monkeypatch.setattr(Policy, "load", lambda *_, **__: None)
+    monkeypatch.setattr(Stages, "_load", lambda *_: None)
     directory = RunDirectory(tmp_path / "run", config.Config(), resume=False)
     return Stages(directory, lambda: None, lambda *_: None)
 
@@ -284,6 +284,22 @@ def test_the_gate_gives_both_policies_the_same_customers_and_new_ones_each_itera
     # The log that a stage is remembered by is that of the policy in force.
     assert promoted.metrics["log"] == "candidate.jsonl"
     assert held.metrics["log"] == "current.jsonl"
+
+
+def test_policies_of_a_run_share_what_is_known_of_prompts_where_they_render_alike(tmp_path: Path) -> None:
+    """Each stage loads its policy anew; what the same chats are in tokens need not be found out again."""
+    run = Stages(RunDirectory(tmp_path / "run", config.Config(), resume=False), lambda: None, lambda *_: None)
+    [first, second, other] = (Stage(folder=tmp_path / name, metrics={}, seconds=0.0) for name in "abc")
+    for stage in (first, second):
+        tiny.word_policy().save(stage.folder / "policy")
+    changed = tiny.word_policy()
+    changed.tokenizer.chat_template = "customer: " + changed.tokenizer.chat_template
+    changed.save(other.folder / "policy")
+    policies = [run._load(stage) for stage in (first, second, other, first)]
+    assert policies[0].renderer is policies[1].renderer
+    prompts = [policy.renderer.prompt([{"role": "user", "content": "hi"}]).token_ids for policy in policies]
+    assert prompts[0] == prompts[1] == prompts[3] != prompts[2]
+    assert policies[1].branch(seed=1).renderer is policies[1].renderer
 
 
 def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from iterative_ppo import rendering
 from iterative_ppo.conversations import Conversation, Message
 from iterative_ppo.rendering import Renderer, TokenIds, TurnSequence, common_prefix_length, pack_turns
 from iterative_ppo.turns_to_tokens import response_sequences, tokenize
@@ -346,6 +347,43 @@ def test_encoding_piece_by_piece_is_encoding_the_whole(family: str):
         assert renderer.encode(whole) == expected, "and the second time, from memory"
 
     check()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_remembered_prompt_is_that_of_the_same_chat_alone(family: str):
+    """Same texts from the other side, or one message more, are other prompts; and what is remembered is bounded."""
+    renderer = renderer_of(family)
+    swapped = [{"role": "user", "content": m["content"]} for m in TALK[:3]]
+    system_said = [{"role": "user", "content": SYSTEM["content"]}, *TALK[1:3]]
+    chats = [TALK[:1], TALK[:3], TALK[:5], [SYSTEM, *TALK[:3]], system_said]
+    chats += [swapped] if family != "gemma" else []
+    fresh = [
+        Renderer(tokenizer_of(family), context_tokens=4096, max_response_tokens=32).prompt(chat) for chat in chats
+    ]
+    assert len({prompt.token_ids for prompt in fresh}) == len(chats)
+    for _ in range(2):
+        assert [renderer.prompt(chat) for chat in chats] == fresh
+
+
+def test_what_is_remembered_of_prompts_is_bounded(monkeypatch: pytest.MonkeyPatch):
+    renderer = Renderer(tokenizer_of("chatml"), context_tokens=4096, max_response_tokens=32)
+    length = len(renderer.prompt([{"role": "user", "content": "0"}]).token_ids)
+    monkeypatch.setattr(rendering, "_MAX_REMEMBERED_TOKENS", 3 * length)
+    for digit in "123456789":
+        assert len(renderer.prompt([{"role": "user", "content": digit}]).token_ids) == length
+        assert len(renderer._prompts) <= 3
+
+
+def test_renderers_are_alike_where_every_chat_gives_the_same_tokens():
+    def renderer(family: str, **changed: int) -> Renderer:
+        return Renderer(tokenizer_of(family), **{"context_tokens": 256, "max_response_tokens": 8} | changed)
+
+    own = renderer("chatml")
+    assert own.renders_as(renderer("chatml"))
+    assert not own.renders_as(renderer("thinking")), "another template over the same tokens"
+    assert not own.renders_as(renderer("llama3"))
+    assert not own.renders_as(renderer("chatml", context_tokens=255)), "it drops other messages"
+    assert not own.renders_as(renderer("chatml", max_response_tokens=9))
 
 
 def test_the_truncation_and_padding_that_a_tokenizer_was_saved_with_are_not_its_texts():
