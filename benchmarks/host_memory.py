@@ -16,8 +16,8 @@ import numpy as np
 
 from iterative_ppo.config import PolicyConfig
 from iterative_ppo.conversations import Conversation, Message
-from iterative_ppo.from_logs import labelled
 from iterative_ppo.policy import Policy
+from iterative_ppo.q_from_logs import labelled
 from iterative_ppo.turns_to_tokens import all_prompts, tokenize
 
 

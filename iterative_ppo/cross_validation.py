@@ -9,10 +9,10 @@ import numpy as np
 
 from iterative_ppo.config import Config
 from iterative_ppo.conversations import Conversation, folds_by_group, turn_rewards
-from iterative_ppo.from_logs import fit_q_from_logs, labelled, read_frozen_weights
 from iterative_ppo.frozen_features import FeatureCache
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_fit import Predictions, predict, predict_after_share
+from iterative_ppo.q_from_logs import fit_q_from_logs, labelled, read_frozen_weights
 from iterative_ppo.q_report import calibration_bins, discrimination, expected_calibration_error, is_binary, measure_of
 from iterative_ppo.supervised import Progress
 from iterative_ppo.text_baseline import SHARES, cross_fitted_scores

@@ -11,7 +11,7 @@ import torch
 from iterative_ppo.config import Config
 from iterative_ppo.conversation_log import read_part, write_lines
 from iterative_ppo.conversations import Conversation
-from iterative_ppo.from_logs import load_q_and_renderer
+from iterative_ppo.loading import load_q_and_renderer
 from iterative_ppo.q_function import QFunction
 from iterative_ppo.rendering import Renderer
 from iterative_ppo.supervised import Progress, no_progress

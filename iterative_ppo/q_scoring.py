@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iterative_ppo.config import Config
-from iterative_ppo.from_logs import load_q_and_renderer
+from iterative_ppo.loading import load_q_and_renderer
 from iterative_ppo.q_function import QFunction, QFunctionCard, load_card
 from iterative_ppo.rendering import Renderer, TokenIds
 

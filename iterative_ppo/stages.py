@@ -12,17 +12,11 @@ from iterative_ppo.conversation_log import read_conversations
 from iterative_ppo.conversations import Conversation, turn_rewards
 from iterative_ppo.environments import ScriptedEnvironment, TextEnvironment
 from iterative_ppo.environments.rollout import RolloutStatistics, collect, collect_scripted
-from iterative_ppo.from_logs import (
-    fit_q_from_logs,
-    improve_from_logs,
-    load_policy,
-    load_q_function,
-    reads_frozen_weights,
-    require_equipment,
-    start_policy,
-)
+from iterative_ppo.from_logs import improve_from_logs, start_policy
 from iterative_ppo.intervals import Interval, clustered_interval, mean_interval
+from iterative_ppo.loading import load_policy, load_q_function, require_equipment
 from iterative_ppo.policy import Policy
+from iterative_ppo.q_from_logs import fit_q_from_logs, reads_frozen_weights
 from iterative_ppo.rendering import Renderer
 from iterative_ppo.run_directory import RunDirectory, Stage, to_json, write_log
 from iterative_ppo.supervised import Progress

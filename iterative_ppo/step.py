@@ -13,17 +13,12 @@ from iterative_ppo.config import ConfigError
 from iterative_ppo.conversation_log import BadLines, read_conversations, write_conversations
 from iterative_ppo.conversations import Conversation, split_by_group
 from iterative_ppo.cross_validation import cross_validate, group_names
-from iterative_ppo.from_logs import (
-    fit_q_from_logs,
-    improve_from_logs,
-    load_policy,
-    load_q_function,
-    require_equipment,
-    start_policy,
-)
+from iterative_ppo.from_logs import improve_from_logs, start_policy
 from iterative_ppo.frozen_features import FeatureCache
 from iterative_ppo.intervals import clustered_interval
+from iterative_ppo.loading import load_policy, load_q_function, require_equipment
 from iterative_ppo.policy import Policy
+from iterative_ppo.q_from_logs import fit_q_from_logs
 from iterative_ppo.q_function import QFunction
 from iterative_ppo.run_directory import RunDirectory, Stage, to_json, wait_for, write_json, write_text
 from iterative_ppo.supervised import Progress

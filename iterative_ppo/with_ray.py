@@ -28,7 +28,7 @@ from iterative_ppo.conversation_log import read_part
 from iterative_ppo.conversations import Conversation
 from iterative_ppo.environments import TextEnvironment, make_environment
 from iterative_ppo.environments.rollout import RolloutStatistics, play
-from iterative_ppo.from_logs import load_policy
+from iterative_ppo.loading import load_policy
 from iterative_ppo.log_scores import LogScorer, PointScore, pieces, whole
 from iterative_ppo.policy import Policy
 from iterative_ppo.supervised import Progress, no_progress

@@ -11,7 +11,7 @@ from test_improvement import PROMPTS
 from torch import Tensor
 
 from iterative_ppo import config as config_module
-from iterative_ppo.from_logs import load_policy, load_q_function
+from iterative_ppo.loading import load_policy, load_q_function
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_function import QFunction, QFunctionCard
 

@@ -19,18 +19,19 @@ from test_q_function import CARD, Logs, all_turns_of, by_response, by_state_alon
 from test_shared_prefix import conversation_rows, unzip
 
 from iterative_ppo import config as config_module
-from iterative_ppo import from_logs
 from iterative_ppo import policy as policy_module
+from iterative_ppo import q_from_logs
 from iterative_ppo.batching import pad_right
 from iterative_ppo.commands import exchange, loop, single_stages
 from iterative_ppo.config import Config, ConfigError, QFunctionConfig
 from iterative_ppo.conversation_log import read_conversations
 from iterative_ppo.cross_validation import cross_validate
 from iterative_ppo.export import export_step
-from iterative_ppo.from_logs import fit_q_from_logs, load_q_and_renderer
 from iterative_ppo.frozen_features import FeatureCache
+from iterative_ppo.loading import load_q_and_renderer
 from iterative_ppo.open_step import find_open_step
 from iterative_ppo.q_fit import LabelledSequence, Predictions, bootstrap_weights, predict, predict_after_share
+from iterative_ppo.q_from_logs import fit_q_from_logs
 from iterative_ppo.q_function import Link, QFunction, TokenValue, load_card
 from iterative_ppo.q_scoring import QScorer
 from iterative_ppo.read_out import ReadOutHistory, fit_read_out, read_positions, refit_read_out
@@ -513,7 +514,7 @@ def test_a_fit_from_logs_ends_with_all_conversations_and_reports_on_those_held_o
     config = config_of(base, q_function=settings)
     arguments: dict[str, Any] = {"name": "p", "seed": 0, "progress": lambda *_: None}
     whole = fit_q_from_logs(config, load(base), conversations, **arguments)
-    monkeypatch.setattr(from_logs, "refit_read_out", refit)
+    monkeypatch.setattr(q_from_logs, "refit_read_out", refit)
     without = fit_q_from_logs(config, load(base), conversations, **arguments)
     assert whole.card.metrics["best_pass"] > 0, "the mean return is not refitted, and nothing is shown"
     assert refits == [(60, whole.card.metrics["penalty"])]

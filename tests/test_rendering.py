@@ -357,9 +357,7 @@ def test_a_remembered_prompt_is_that_of_the_same_chat_alone(family: str):
     system_said = [{"role": "user", "content": SYSTEM["content"]}, *TALK[1:3]]
     chats = [TALK[:1], TALK[:3], TALK[:5], [SYSTEM, *TALK[:3]], system_said]
     chats += [swapped] if family != "gemma" else []
-    fresh = [
-        Renderer(tokenizer_of(family), context_tokens=4096, max_response_tokens=32).prompt(chat) for chat in chats
-    ]
+    fresh = [Renderer(tokenizer_of(family), context_tokens=4096, max_response_tokens=32).prompt(chat) for chat in chats]
     assert len({prompt.token_ids for prompt in fresh}) == len(chats)
     for _ in range(2):
         assert [renderer.prompt(chat) for chat in chats] == fresh

@@ -9,7 +9,7 @@ from iterative_ppo.config import Config
 from iterative_ppo.conversation_log import BadLines, read_conversations
 from iterative_ppo.conversations import Conversation
 from iterative_ppo.environments import TextEnvironment, make_environment
-from iterative_ppo.from_logs import load_policy
+from iterative_ppo.loading import load_policy
 from iterative_ppo.policy import Policy
 
 

@@ -16,8 +16,8 @@ from iterative_ppo.conformance import BackendError, backend_of, check_backend
 from iterative_ppo.conformance_http import backend_at
 from iterative_ppo.conversations import Conversation, Message, chat_messages
 from iterative_ppo.entry_points import import_named
-from iterative_ppo.from_logs import load_q_function
 from iterative_ppo.improvement.backends import require_backend
+from iterative_ppo.loading import load_q_function
 from iterative_ppo.log_scores import LogScorer, score_log, write_scores
 from iterative_ppo.ranking import rank_within_states
 from iterative_ppo.run_directory import to_json

@@ -22,9 +22,11 @@ from iterative_ppo.conversation_log import BadLines
 from iterative_ppo.conversations import Conversation
 from iterative_ppo.cross_validation import cross_validate, group_names
 from iterative_ppo.environments.rollout import RolloutStatistics, collect
-from iterative_ppo.from_logs import fit_q_from_logs, improve_from_logs, load_q_function
+from iterative_ppo.from_logs import improve_from_logs
 from iterative_ppo.frozen_features import FeatureCache
 from iterative_ppo.intervals import mean_interval
+from iterative_ppo.loading import load_q_function
+from iterative_ppo.q_from_logs import fit_q_from_logs
 from iterative_ppo.run_directory import to_json, write_log
 from iterative_ppo.stages import gate, total_reward
 from iterative_ppo.supervised import Progress

@@ -19,7 +19,7 @@ from iterative_ppo.export.critic import Critic, save_critic
 from iterative_ppo.export.launch import Job
 from iterative_ppo.export.prompts import ExactPrompts, exact_prompts
 from iterative_ppo.extras import require_extra
-from iterative_ppo.from_logs import resolve_device
+from iterative_ppo.loading import resolve_device
 from iterative_ppo.open_step import OpenStep
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_function import QFunction, load_card
