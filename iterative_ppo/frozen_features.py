@@ -30,7 +30,7 @@ class FeatureCache:
         Args:
             q_function: whose trunk is frozen, and the same each time.
         """
-        trunk = f"{q_function.num_layers} layers of {name_of(q_function.model)}"
+        trunk = f"{q_function.num_layers} layers of {name_of(q_function.model)} with {q_function.marks}"
         assert q_function.read_out == "mean", "features of a trunk that is trained do not last"
         assert self._trunk in ("", trunk), f"features of {self._trunk}, and not of {trunk}"
         self._trunk = trunk

@@ -190,7 +190,7 @@ class Regression(nn.Module):
         weight_BT = pad_values([weights for weights, _ in weighted], width=width).to(device)
         target_BT = pad_values([targets for _, targets in weighted], width=width).to(device)
         read = weight_BT > 0
-        loss_NM = self.element_loss(self.q_function.features_of(hidden_BTD)[read], target_BT[read])
+        loss_NM = self.element_loss(hidden_BTD[read], target_BT[read])
         if self.training:
             head_weight_BM = torch.stack([self.weight_of[sequence.group] for sequence in chosen]).to(device)
             head_weight_NM = head_weight_BM[:, None, :].expand(-1, width, -1)[read]
@@ -348,8 +348,13 @@ def _read(
         return q_function.read(rows, positions, tokens_per_batch=tokens_per_batch)
     with torch.no_grad():
         return [
-            q_function.scalars(feature_PF.to(q_function.device)).mean(-1).tolist()
-            for feature_PF in features.of(q_function, rows, positions, tokens_per_batch=tokens_per_batch)
+            q_function.scalars_at(row, places, feature_PF).mean(-1).tolist()
+            for row, places, feature_PF in zip(
+                rows,
+                positions,
+                features.of(q_function, rows, positions, tokens_per_batch=tokens_per_batch),
+                strict=True,
+            )
         ]
 
 
@@ -383,10 +388,10 @@ def _element_loss(
         return histogram.loss
     if config.loss == "binary_cross_entropy":
         return lambda feature_NF, target_N: losses.binary_cross_entropy(
-            q_function.scalars(feature_NF), target_N[:, None].expand(-1, q_function.heads.shape[0])
+            feature_NF @ q_function.heads.T, target_N[:, None].expand(-1, q_function.heads.shape[0])
         )
     return lambda feature_NF, target_N: losses.squared_error(
-        q_function.to_value(q_function.scalars(feature_NF)), target_N[:, None] / scale
+        q_function.to_value(feature_NF @ q_function.heads.T), target_N[:, None] / scale
     )
 
 

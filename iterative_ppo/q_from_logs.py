@@ -9,6 +9,7 @@ import numpy as np
 
 from iterative_ppo.adapters import has_adapter, is_frozen
 from iterative_ppo.config import Config, QFunctionConfig
+from iterative_ppo.conversation_features import ResponseMarks
 from iterative_ppo.conversations import Conversation, split_by_group
 from iterative_ppo.frozen_features import FeatureCache
 from iterative_ppo.loading import load_q_function
@@ -151,7 +152,7 @@ def read_frozen_weights(
     if not reads_frozen_weights(config, policy):
         return None
     features.of(
-        QFunction.on_base(policy.model, depth=config.q_function.frozen_depth, link=config.q_function.link, num_heads=1),
+        _unfitted_read_out(config, policy),
         [sequence.token_ids for sequence in sequences],
         [read_positions(sequence) for sequence in sequences],
         tokens_per_batch=config.compute.tokens_per_batch,
@@ -175,9 +176,7 @@ def _fit(
     """A read-out of frozen weights where there is a cache for their features, else a Q-function with a trained trunk."""
     q_config, generator = config.q_function, np.random.default_rng(seed)
     if features is not None:
-        q_function = QFunction.on_base(
-            policy.model, depth=q_config.frozen_depth, link=q_config.link, num_heads=q_config.num_heads
-        )
+        q_function = _unfitted_read_out(config, policy)
         return q_function, fit_read_out(
             q_function,
             sequences,
@@ -200,6 +199,16 @@ def _fit(
         generator=generator,
         retarget=retarget,
         progress=progress,
+    )
+
+
+def _unfitted_read_out(config: Config, policy: Policy) -> QFunction:
+    return QFunction.on_base(
+        policy.model,
+        depth=config.q_function.frozen_depth,
+        link=config.q_function.link,
+        num_heads=config.q_function.num_heads,
+        marks=ResponseMarks(opening=policy.renderer.generation_prompt, end_id=policy.renderer.end_id),
     )
 
 

@@ -34,17 +34,17 @@ from iterative_ppo.adapters import (
     without_adapter,
 )
 from iterative_ppo.batching import own_micro_batches, pad_right
+from iterative_ppo.conversation_features import ResponseMarks, features, num_features, word_scalars
 from iterative_ppo.losses import lower_confidence
-from iterative_ppo.running_means import reliability, running_means
 from iterative_ppo.shared_prefix import TreeBatch, run_trees, takes_trees, tree_batches
 from iterative_ppo.supervised import Progress, no_progress
 
 Link = Literal["identity", "logistic"]
 ReadOut = Literal["last", "mean"]
-"""What the heads multiply at a token: its hidden state, or that and means over what it sees (`QFunction.features_of`)."""
+"""What the heads multiply at a token: its hidden state, or that and means over what it sees (`conversation_features`)."""
 TokenIds = tuple[int, ...]
 
-_SCHEMA = 4
+_SCHEMA = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,30 +66,39 @@ class QFunctionCard:
     """Hub id or folder of the frozen model that a mean is read from; the checkpoint holds no weights of it."""
     num_layers: int | None = None
     """How many of its layers, from the first, are below the heads."""
+    marks: ResponseMarks | None = None
+    """How responses are told from what others said."""
 
 
 class QFunction(nn.Module):
     """An ensemble of linear heads on one trunk; the checkpoint's single label is the mean head.
 
     q_m = link(head_m · features) for ensemble member m, and Q = link(mean_m head_m · features). The features are the
-    token's hidden state; of a frozen trunk also its means over what the token sees, times the reliability of so many tokens,
-    which no label can say.
+    token's hidden state; of a frozen trunk also its means over what the token sees, and the words that others than the
+    policy said (`conversation_features`), which no label can say.
 
     Args:
         model: a sequence-classification model with one label: its trunk is used, its `score` is the mean head.
         link: from the scalar to Q.
         heads: [M, features] ensemble heads.
-        read_out: what the features are; the trunk of a mean is frozen.
+        marks: of a frozen trunk, from which means are read: how responses are told from what others said.
     """
 
-    def __init__(self, model: PreTrainedModel, *, link: Link, heads: Tensor, read_out: ReadOut = "last") -> None:
+    word_values: Tensor
+    """What each token is worth as somebody else's word, to each member [V, M]; of a read-out of a frozen trunk."""
+
+    def __init__(
+        self, model: PreTrainedModel, *, link: Link, heads: Tensor, marks: ResponseMarks | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.link: Link = link
-        self.read_out: ReadOut = read_out
+        self.marks = marks
         self.heads = nn.Parameter(heads.float())
+        num_words = 0 if marks is None else model.config.get_text_config().vocab_size
+        self.register_buffer("word_values", torch.zeros(num_words, len(heads), device=heads.device))
         self.model.score.weight.requires_grad_(False)
-        if read_out == "mean":
+        if marks is not None:
             self.model.requires_grad_(False)
         self.eval()
 
@@ -118,16 +127,19 @@ class QFunction(nn.Module):
         return cls(model, link=link, heads=heads.to(model.device))
 
     @classmethod
-    def on_base(cls, policy: PreTrainedModel, *, depth: float, link: Link, num_heads: int) -> "QFunction":
+    def on_base(
+        cls, policy: PreTrainedModel, *, depth: float, link: Link, num_heads: int, marks: ResponseMarks
+    ) -> "QFunction":
         """A read-out, its heads still 0, of the frozen weights below a policy's adapter, which are shared.
 
         Args:
             depth: the share of their layers, from the first, that is read.
+            marks: how responses are told from what others said.
         """
         model = _classifier_around(without_adapter(policy))
         _cut(model, max(1, round(depth * _num_layers(model))))
-        heads = torch.zeros(num_heads, 3 * model.config.get_text_config().hidden_size + 2, device=model.device)
-        return cls(model, link=link, heads=heads, read_out="mean")
+        heads = torch.zeros(num_heads, num_features(model.config.get_text_config().hidden_size), device=model.device)
+        return cls(model, link=link, heads=heads, marks=marks)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "cpu", backbone: PreTrainedModel | None = None) -> "QFunction":
@@ -153,11 +165,13 @@ class QFunction(nn.Module):
                 load_adapter(model, folder)
             if backbone is not None and backbone.is_activation_checkpointing:
                 keep_no_activations(model)
-            heads = load_file(Path(folder) / "heads.safetensors")["heads"]
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            tensors = load_file(Path(folder) / "heads.safetensors")
+            q_function = cls(model, link=card.link, heads=tensors["heads"], marks=card.marks)
+            if card.marks is not None:
+                q_function.set_words(tensors["word_ids"], tensors["word_values"])
+        except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"Q-function cannot be loaded from {str(folder)!r}: {reason}") from error
-        q_function = cls(model, link=card.link, heads=heads, read_out=card.read_out)
         return q_function.to(device) if backbone is None else q_function._placed_like(backbone)
 
     def _placed_like(self, model: PreTrainedModel) -> "QFunction":
@@ -189,10 +203,13 @@ class QFunction(nn.Module):
             else:
                 model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        save_file({"heads": self.heads.detach().cpu().contiguous()}, folder / "heads.safetensors")
+        tensors = {"heads": self.heads.detach().cpu().contiguous()}
         card = replace(card, read_out=self.read_out)
         if self.read_out == "mean":
-            card = replace(card, base=name_of(model), num_layers=self.num_layers)
+            card = replace(card, base=name_of(model), num_layers=self.num_layers, marks=self.marks)
+            word_ids = self.word_values.any(-1).nonzero()[:, 0]
+            tensors |= {"word_ids": word_ids.cpu(), "word_values": self.word_values[word_ids].cpu()}
+        save_file(tensors, folder / "heads.safetensors")
         text = json.dumps({"schema": _SCHEMA, **asdict(card)}, indent=1, allow_nan=False)
         (folder / "q_function.json").write_text(text + "\n", encoding="utf-8")
 
@@ -210,6 +227,10 @@ class QFunction(nn.Module):
         return QFunction(merged(self.model), link=self.link, heads=self.heads.detach().clone())
 
     @property
+    def read_out(self) -> ReadOut:
+        return "last" if self.marks is None else "mean"
+
+    @property
     def device(self) -> torch.device:
         return self.heads.device
 
@@ -225,30 +246,40 @@ class QFunction(nn.Module):
         """
         return self._last_hidden(input_ids=token_BT.to(self.device))
 
+    def set_words(self, word_ids: Tensor, values_WM: Tensor) -> None:
+        """What words are worth; those not named are worth nothing."""
+        self.word_values.zero_()
+        self.word_values[word_ids.to(self.device)] = values_WM.to(self.word_values)
+
     def features(self, token_BT: Tensor) -> Tensor:
         """What the heads multiply at every token of rows padded on the right: [B, T, F]."""
-        return self.features_of(self.hidden(token_BT))
+        return self._features(self.hidden(token_BT), token_BT)
 
-    def features_of_trees(self, batch: TreeBatch) -> Tensor:
-        """The same of prompts that share their prefixes."""
-        return self.features_of(run_trees(self._last_hidden, batch, device=self.device, dtype=self.model.dtype), batch)
+    def scalars_of_trees(self, batch: TreeBatch) -> Tensor:
+        """Every member's scalar at every token of prompts that share their prefixes: [B, T, M]."""
+        hidden_BTD = run_trees(self._last_hidden, batch, device=self.device, dtype=self.model.dtype)
+        return self._features(hidden_BTD, batch.token_BT, batch) @ self.heads.T + self._words(batch.token_BT, batch)
 
-    def features_of(self, hidden_BTD: Tensor, tree: TreeBatch | None = None) -> Tensor:
-        """Features [B, T, F] from the trunk's hidden states h: themselves, or [h ; ρ mean ; ρ recent mean ; ρ ; 1] with the
-        reliability ρ of what a token sees, in which heads can write ρ (weights · (mean − its mean over all logs)).
+    def scalars_at(self, row: TokenIds, places: Sequence[int], feature_PF: Tensor) -> Tensor:
+        """The same at places of a row whose features are known: [P, M]."""
+        words_1TM = self._words(torch.tensor([row]))
+        return feature_PF.to(self.device) @ self.heads.T + (
+            words_1TM if self.marks is None else words_1TM[0, list(places)]
+        )
 
-        Args:
-            tree: the trees whose hidden states they are. Default: rows, in which a token sees all before it.
-        """
-        if self.read_out == "last":
-            return hidden_BTD
-        reliability_BT1 = reliability(hidden_BTD, tree)
-        means = [reliability_BT1 * mean_BTD for mean_BTD in running_means(hidden_BTD, tree)]
-        return torch.cat([hidden_BTD, *means, reliability_BT1, torch.ones_like(reliability_BT1)], dim=-1)
+    def forward(self, token_BT: Tensor) -> Tensor:
+        """Every ensemble member's scalar, before the link, at every token of rows padded on the right: [B, T, M]."""
+        return self.features(token_BT) @ self.heads.T + self._words(token_BT)
 
-    def scalars(self, features: Tensor) -> Tensor:
-        """Every ensemble member's scalar, before the link, from features [..., F]: [..., M]."""
-        return features @ self.heads.T
+    def _features(self, hidden_BTD: Tensor, token_BT: Tensor, tree: TreeBatch | None = None) -> Tensor:
+        return hidden_BTD if self.marks is None else features(hidden_BTD, self.marks.others(token_BT, tree), tree)
+
+    def _words(self, token_BT: Tensor, tree: TreeBatch | None = None) -> Tensor:
+        """What the words that each token sees are worth; 0 where words are not read."""
+        if self.marks is None:
+            return self.heads.new_zeros(())
+        value_BTM = nn.functional.embedding(token_BT.to(self.device), self.word_values)
+        return word_scalars(value_BTM, self.marks.others(token_BT, tree), tree)
 
     def _last_hidden(self, **inputs: Tensor) -> Tensor:
         with gradient_pass(self.model):
@@ -256,10 +287,6 @@ class QFunction(nn.Module):
                 self.model, lambda: self.model.base_model(**inputs, use_cache=False).last_hidden_state
             )
         return hidden_BTD.float()
-
-    def forward(self, token_BT: Tensor) -> Tensor:
-        """Every ensemble member's scalar, before the link, at every token of rows padded on the right: [B, T, M]."""
-        return self.scalars(self.features(token_BT))
 
     def to_value(self, scalar: Tensor) -> Tensor:
         """The link."""
@@ -275,7 +302,7 @@ class QFunction(nn.Module):
             for rows, batch in tree_batches(
                 prompts, responses, tokens_per_batch=tokens_per_batch, share=takes_trees(self.model)
             ):
-                scalar_BM[rows] = self.scalars(batch.end(self.features_of_trees(batch))).cpu()
+                scalar_BM[rows] = batch.end(self.scalars_of_trees(batch)).cpu()
         return distributed.add_up(scalar_BM)  # each row is 0 but in one process
 
     def values(self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int) -> Tensor:
@@ -357,8 +384,7 @@ class TokenValue(nn.Module):
 
     def forward(self, batch: TreeBatch) -> Tensor:
         """Value of the prefix that ends at each token of each tree: [B, T]."""
-        scalar_BTM = self.q_function.scalars(self.q_function.features_of_trees(batch))
-        return self.q_function.to_value(scalar_BTM.mean(-1))
+        return self.q_function.to_value(self.q_function.scalars_of_trees(batch).mean(-1))
 
 
 def load_card(folder: str | Path) -> QFunctionCard:
@@ -367,14 +393,18 @@ def load_card(folder: str | Path) -> QFunctionCard:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         schema = fields.pop("schema")
-        card = QFunctionCard(**fields)
+        marks = fields.pop("marks")
+        if marks is not None:
+            marks = ResponseMarks(opening=tuple(marks["opening"]), end_id=marks["end_id"])
+        card = QFunctionCard(**fields, marks=marks)
     except FileNotFoundError:
         raise ValueError(f"{folder}: no Q-function checkpoint (q_function.json is missing)") from None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a Q-function card: {error}") from error
     known = card.link in get_args(Link) and card.read_out in get_args(ReadOut)
     is_mean = card.read_out == "mean"
-    if schema != _SCHEMA or not known or not is_mean == isinstance(card.base, str) == isinstance(card.num_layers, int):
+    needed = (isinstance(card.base, str), isinstance(card.num_layers, int), marks is not None)
+    if schema != _SCHEMA or not known or set(needed) != {is_mean}:
         raise ValueError(
             f"{path}: schema {schema!r} with link {card.link!r} and read_out {card.read_out!r} is not known to this version"
         )

@@ -1,20 +1,22 @@
 """Fitting a read-out of a frozen trunk: heads alone, on features that one pass over the logs gives.
 
 The trunk says at every token what it makes of the conversation, h_t and means of h over what that token sees; what it says
-does not change, so every ensemble member, penalty, fold and TD(lambda) return is a regression on the same numbers.
-N positions that are read, F features (the hidden state and its means), M ensemble members.
+does not change, so every ensemble member, penalty, fold and TD(lambda) return is a regression on the same numbers, and on
+the customer's words. N positions that are read, D the width of h, W words, F = 4 D + W features, M ensemble members.
 """
 
-import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from iterative_ppo import distributed, losses
+from iterative_ppo import distributed
 from iterative_ppo.config import QFunctionConfig
+from iterative_ppo.conversation_features import word_shares
 from iterative_ppo.frozen_features import FeatureCache
 from iterative_ppo.q_fit import (
     LabelledSequence,
@@ -24,16 +26,17 @@ from iterative_ppo.q_fit import (
     require_returns_for,
     unit_of,
 )
-from iterative_ppo.q_function import QFunction
+from iterative_ppo.q_function import QFunction, TokenIds
+from iterative_ppo.read_out_regression import PENALTIES, Heads, Points, Regression
 from iterative_ppo.supervised import FitHistory, Progress, no_progress
 
-_PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(4, -9, -1))  # from 100 to 0.0001
-_NUM_FOLDS = 5
+_Found = TypeVar("_Found")
+
 _NUM_BETWEEN = 3
-_CHUNK_ROWS = 4096
-_MOST_STEPS = 100
+_MOST_WORDS = 1536
+_FEWEST_CONVERSATIONS_OF_A_WORD = 5
+_LARGEST_SHARE_OF_A_WORD = 0.9
 _SMALLEST_DEVIATION = 1e-6
-_SMALLEST_CHANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,26 +53,6 @@ class ReadOutHistory(FitHistory):
     penalty: float
     penalty_losses: dict[str, float]
     """Cross-validated loss on the training conversations by penalty, from `inf`, the constant, to the weakest."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Points:
-    """Positions with their features in the fit's units, a row each."""
-
-    feature_NF: Tensor
-    weight_NM: Tensor
-    target_N: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Heads:
-    """scalar = weight · features in the fit's units + bias, for each member; float64."""
-
-    weight_MF: Tensor
-    bias_M: Tensor
-
-    def scalars(self, feature_NF: Tensor) -> Tensor:
-        return (feature_NF @ self.weight_MF.float().T).double() + self.bias_M
 
 
 def read_positions(sequence: LabelledSequence) -> list[int]:
@@ -89,16 +72,17 @@ def fit_read_out(
     retarget: Callable[[Predictions], list[tuple[float, ...]]] | None = None,
     progress: Progress = no_progress,
 ) -> ReadOutHistory:
-    """Regresses Q's heads on the returns by L-BFGS: Σ w loss / Σ w + penalty/2 |weights|², in standardised features, those of
-    the means times their reliability.
+    """Regresses Q's heads, and what words are worth, on the returns by L-BFGS: Σ w loss / Σ w + penalty/2 |weights|², in
+    standardised features, those of means times their reliability.
 
     What is read weighs as in `fit_q_function`: the end of a response 1, the state before it 1, a few tokens in between 1
-    together; and each ensemble member has its bootstrap of the conversations. HL-Gauss, which is a way to train a trunk,
-    is squared error here. The penalty is that of the lowest loss at the ends of responses of conversations left out, in
-    folds of the training conversations; where none is below that of the mean return, Q is the mean return.
+    together. Q is fitted to all conversations, and the ensemble's members are around it as far as bootstraps of them lead.
+    HL-Gauss, which is a way to train a trunk, is squared error here. The penalty is that of the lowest loss at the ends of
+    responses of conversations left out, in folds of the training conversations; where none is below that of the mean return,
+    Q is the mean return.
 
     Args:
-        q_function: a read-out of a frozen trunk; its heads are set.
+        q_function: a read-out of a frozen trunk; its heads and words are set.
         held_out: the sequences that decide between passes, always by their returns as given.
         features: what is known of the trunk's features; what is lacking is computed and kept there.
         retarget: makes new targets of the training sequences from Q's present predictions on them (TD(λ) returns);
@@ -112,20 +96,18 @@ def fit_read_out(
     weight_of = bootstrap_weights(sequences, num_heads=q_function.heads.shape[0], generator=generator)
     read = _read(q_function, sequences, features, tokens_per_batch=tokens_per_batch, progress=progress)
 
-    def fit() -> tuple[Tensor, ReadOutHistory]:
-        regression = _Regression(q_function, sequences, read, held_out, weight_of, config)
-        history = regression.fit(
+    def fit() -> ReadOutHistory:
+        training = [row for row, out in enumerate(held_out) if not out]
+        fitting = _Fitting(q_function, sequences, read, training, weight_of, config)
+        return fitting.fit(
+            [row for row, out in enumerate(held_out) if out],
             generator,
             retarget,
             lambda train: predict(q_function, train, tokens_per_batch=tokens_per_batch, features=features),
             progress,
         )
-        return q_function.heads.detach().cpu(), history
 
-    heads, history = distributed.on_main(fit)
-    with torch.no_grad():
-        q_function.heads.copy_(heads)
-    return history
+    return _on_main(q_function, fit)
 
 
 def refit_read_out(
@@ -148,13 +130,24 @@ def refit_read_out(
     weight_of = bootstrap_weights(sequences, num_heads=q_function.heads.shape[0], generator=generator)
     read = _read(q_function, sequences, features, tokens_per_batch=tokens_per_batch, progress=progress)
 
-    def refit() -> Tensor:
-        _Regression(q_function, sequences, read, [False] * len(sequences), weight_of, config).refit(targets, penalty)
-        return q_function.heads.detach().cpu()
+    def refit() -> None:
+        _Fitting(q_function, sequences, read, range(len(sequences)), weight_of, config).refit(targets, penalty)
 
-    heads = distributed.on_main(refit)
+    _on_main(q_function, refit)
+
+
+def _on_main(q_function: QFunction, fit: Callable[[], _Found]) -> _Found:
+    """What a fit finds in the main process, with the Q-function that it leaves in all of them."""
+
+    def fitted() -> tuple[_Found, Tensor, Tensor]:
+        found = fit()
+        return found, q_function.heads.detach().cpu(), q_function.word_values.cpu()
+
+    found, heads, word_values = distributed.on_main(fitted)
     with torch.no_grad():
         q_function.heads.copy_(heads)
+        q_function.word_values.copy_(word_values)
+    return found
 
 
 def _read(
@@ -174,125 +167,145 @@ def _read(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Moments:
-    """Weighted sums over positions, float64: all that a linear regression needs."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Said:
+    """What is read at N places: hidden state, means and shares of words [N, 4 D + W], and the reliabilities of the means over
+    all tokens and over the others' (of which the words are)."""
 
-    weight: Tensor
-    feature_F: Tensor
-    target: Tensor
-    square_FF: Tensor
-    product_F: Tensor
+    feature_NF: Tensor
+    of_all_N1: Tensor
+    of_others_N1: Tensor
+
+    def means(self, num_states: int) -> Tensor:
+        """Of all tokens, and of the recent ones: a view."""
+        return self.feature_NF[:, num_states : 3 * num_states]
+
+    def of_others(self, num_states: int) -> Tensor:
+        """The others' mean and words: a view."""
+        return self.feature_NF[:, 3 * num_states :]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Units:
+    """Where standardised features have their zero and their one.
+
+    Means and words are multiplied by their reliability after that, in units in which they vary by 1 all the same: a penalty
+    means the same for short conversations. A word's unit is the root of its deviation, between a unit for each, in which the
+    rare words drown the others, and one for all, in which the frequent ones do; all words together vary as much as a state.
+    """
+
+    mean_F: Tensor
+    unit_F: Tensor
+    num_states: int
 
     @classmethod
-    def of(cls, feature_NF: Tensor, weight_N: Tensor, target_N: Tensor) -> "_Moments":
-        """Products in float32, sums of many in float64: a weak penalty must still be more than the rounding."""
-        num_features = feature_NF.shape[1]
-        shapes = ((), (num_features,), (), (num_features, num_features), (num_features,))
-        sums = cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
-        for x_CF, w_C, y_C in zip(*(x.split(_CHUNK_ROWS) for x in (feature_NF, weight_N, target_N)), strict=True):
-            weighted_CF = x_CF * w_C[:, None]
-            sums.weight.add_(w_C.sum())
-            sums.feature_F.add_(weighted_CF.sum(0))
-            sums.target.add_((w_C * y_C).sum())
-            sums.square_FF.add_(weighted_CF.T @ x_CF)
-            sums.product_F.add_(weighted_CF.T @ y_C)
-        return sums
+    def of(cls, said: _Said, num_states: int) -> "_Units":
+        variance_F, mean_F = torch.var_mean(said.feature_NF, dim=0, correction=0)
+        unit_F = variance_F.sqrt()
+        word_W = unit_F[4 * num_states :]
+        if len(word_W):
+            word_W.copy_((word_W * word_W.mean() * len(word_W) / num_states).sqrt())
+        unit_F = unit_F.where(unit_F > _SMALLEST_DEVIATION, 1.0)
+        unit_F[num_states : 3 * num_states] *= said.of_all_N1.square().mean().sqrt()
+        unit_F[3 * num_states :] *= said.of_others_N1.square().mean().sqrt()
+        return cls(mean_F=mean_F, unit_F=unit_F, num_states=num_states)
 
-    @property
-    def mean(self) -> Tensor:
-        """Of the features [F]."""
-        return self.feature_F / self.weight
+    def standardised(self, said: _Said) -> Tensor:
+        """What is read in the fit's units [N, F]; in place."""
+        said.feature_NF.sub_(self.mean_F).div_(self.unit_F)
+        said.means(self.num_states).mul_(said.of_all_N1)
+        said.of_others(self.num_states).mul_(said.of_others_N1)
+        return said.feature_NF
 
-    def covariance(self) -> Tensor:
-        """Of the features [F, F]."""
-        return self.square_FF / self.weight - torch.outer(self.mean, self.mean)
+    def unstandardised(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        """Heads [M, 4 D + 3] for the features as they are read, and what each word is worth [M, W]."""
+        weight_MF = heads.weight_MF / self.unit_F
+        of_mean_MF = -weight_MF * self.mean_F
+        of_states_M, of_all_M, of_others_M = (
+            part_MF.sum(1) for part_MF in of_mean_MF.tensor_split((self.num_states, 3 * self.num_states), dim=1)
+        )
+        constants_M3 = torch.stack([of_all_M, of_others_M, heads.bias_M + of_states_M], dim=1)
+        num_read = 4 * self.num_states
+        return torch.cat([weight_MF[:, :num_read], constants_M3], dim=1), weight_MF[:, num_read:]
 
-    def minus(self, other: "_Moments") -> "_Moments":
-        return _Moments(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
-
-class _Regression:
-    """The heads' regression on features that stay as they are, in the processor's memory."""
+class _Fitting:
+    """A Q-function's regression on some of the sequences."""
 
     def __init__(
         self,
         q_function: QFunction,
         sequences: Sequence[LabelledSequence],
         read: Sequence[Tensor],
-        held_out: Sequence[bool],
+        training: Sequence[int],
         weight_of: dict[str, Tensor],
         config: QFunctionConfig,
     ) -> None:
         self.q_function = q_function
+        self.sequences = sequences
+        self.read = read
         self.config = config
-        self.is_cross_entropy = config.loss == "binary_cross_entropy"
         returns = np.concatenate([sequence.returns for sequence in sequences])
         self.return_unit = 1.0 if q_function.link == "logistic" else unit_of(returns)
-        rows = range(len(sequences))
-        train_rows = [row for row in rows if not held_out[row]]
-        self.train = [sequences[row] for row in train_rows]
+        self.train = [sequences[row] for row in training]
         self.num_states = q_function.model.config.get_text_config().hidden_size
-        feature_NF, reliability_N1 = self._parted([read[row] for row in train_rows])
-        variance_F, self.mean_F = torch.var_mean(feature_NF, dim=0, correction=0)
-        deviation_F = variance_F.sqrt()
-        self.feature_unit_F = deviation_F.where(deviation_F > _SMALLEST_DEVIATION, 1.0)
-        # Means times their reliability shall still vary by 1, so that a penalty means the same for short conversations.
-        self.feature_unit_F[self.num_states :] *= reliability_N1.square().mean().sqrt()
-        self.points = _Points(
-            feature_NF=self._standardised(feature_NF, reliability_N1),
-            weight_NM=torch.cat([_weights(s)[:, None] * weight_of[s.group] for s in self.train]).double(),
-            target_N=self._targets([sequence.returns for sequence in self.train]),
-        )
-        self.weight_N = torch.cat([_weights(s) for s in self.train])
-        self.is_end_N = torch.tensor([is_end for s in self.train for *_, is_end in _places(s)])
-        self.moments = self._moments_of(slice(None))
-        out = [row for row in rows if held_out[row]]
-        self.held_out = self._ends([sequences[row] for row in out], [read[row] for row in out]) if out else None
-
-    def _ends(self, sequences: Sequence[LabelledSequence], read: Sequence[Tensor]) -> _Points:
-        """The ends of responses, all with the same weight and their returns as given."""
-        is_end = [torch.tensor([is_end for *_, is_end in _places(sequence)]) for sequence in sequences]
-        feature_NF, reliability_N1 = self._parted([of_row[own] for of_row, own in zip(read, is_end, strict=True)])
-        target_N = torch.cat([_targets(s, s.returns) for s in sequences])[torch.cat(is_end)]
-        return _Points(
-            feature_NF=self._standardised(feature_NF, reliability_N1),
-            weight_NM=torch.ones(len(target_N), 1, dtype=torch.float64),
-            target_N=target_N / self.return_unit,
+        self.words = _words(q_function, self.train)
+        said = self._said(training)
+        self.units = _Units.of(said, self.num_states)
+        self.regression = Regression(
+            Points(
+                feature_NF=self.units.standardised(said),
+                weight_N=torch.cat([_weights(s) for s in self.train]),
+                member_weight_NM=torch.stack([weight_of[s.group] for s in self.train for _ in _places(s)]),
+                target_N=self._targets([sequence.returns for sequence in self.train]),
+                is_end_N=torch.tensor([is_end for s in self.train for *_, is_end in _places(s)]),
+                group_N=[s.group for s in self.train for _ in _places(s)],
+            ),
+            is_logistic=q_function.link == "logistic",
+            is_cross_entropy=config.loss == "binary_cross_entropy",
         )
 
     def refit(self, targets: Sequence[tuple[float, ...]], penalty: float) -> None:
         """Leaves the Q-function with the heads of one penalty and the training sequences' targets."""
-        points = replace(self.points, target_N=self._targets(targets))
-        self._set(self._minimised(self._constant(), points, penalty))
+        self._set(self.regression.minimised(self.regression.constant(), self._targets(targets), penalty))
 
     def fit(
         self,
+        held_out: Sequence[int],
         generator: np.random.Generator,
         retarget: Callable[[Predictions], list[tuple[float, ...]]] | None,
         predict_on: Callable[[Sequence[LabelledSequence]], Predictions],
         progress: Progress,
     ) -> ReadOutHistory:
         """Leaves the Q-function with the best pass's heads; the constant's, where none is better."""
-        constant = self._constant()
-        held_out_losses = [self._held_out_loss(constant)]
-        penalty_losses = self._cross_validated_losses(generator, progress)
-        penalty = min(_PENALTIES, key=penalty_losses.__getitem__)
-        heads = self._minimised(constant, self.points, penalty)
-        held_out_losses.append(self._held_out_loss(heads))
-        train_losses = [self._train_loss(heads, self.points)]
-        best_pass = int(penalty_losses[penalty] < penalty_losses[math.inf])
+        regression = self.regression
+        said = self._said(held_out)
+        is_end_N = torch.tensor([is_end for row in held_out for *_, is_end in _places(self.sequences[row])])
+        feature_NF = self.units.standardised(said)[is_end_N]
+        target_N = torch.cat([_targets(s, s.returns) for s in map(self.sequences.__getitem__, held_out)])[is_end_N]
+
+        def held_out_loss(heads: Heads) -> float:
+            scalar_N = heads.mean().scalars(feature_NF)[:, 0]
+            return float(regression.losses(scalar_N, target_N / self.return_unit).mean())
+
+        constant = regression.constant()
+        penalty_losses = regression.penalty_losses(generator, progress)
+        penalty = min(PENALTIES, key=penalty_losses.__getitem__)
+        train_target_N = regression.points.target_N
+        heads = regression.minimised(constant, train_target_N, penalty)
+        held_out_losses = [held_out_loss(constant), held_out_loss(heads)]
+        train_losses = [regression.train_loss(heads, train_target_N)]
+        best_pass = int(penalty_losses[penalty] < penalty_losses[float("inf")])
         best = heads if best_pass else constant
         self._set(heads)
         for pass_ in range(2, self.config.max_passes + 1):
             if retarget is None:
                 break
-            targets = retarget(predict_on(self.train))
-            points = replace(self.points, target_N=self._targets(targets))
-            heads = self._minimised(heads, points, penalty)
+            train_target_N = self._targets(retarget(predict_on(self.train)))
+            heads = regression.minimised(heads, train_target_N, penalty)
             self._set(heads)
-            train_losses.append(self._train_loss(heads, points))
-            held_out_losses.append(self._held_out_loss(heads))
+            train_losses.append(regression.train_loss(heads, train_target_N))
+            held_out_losses.append(held_out_loss(heads))
             if held_out_losses[-1] < held_out_losses[best_pass]:
                 best_pass, best = pass_, heads
             elif pass_ - max(best_pass, 1) >= self.config.patience_passes:
@@ -306,140 +319,30 @@ class _Regression:
             penalty_losses={f"{tried:g}": loss for tried, loss in penalty_losses.items()},
         )
 
-    def _cross_validated_losses(self, generator: np.random.Generator, progress: Progress) -> dict[float, float]:
-        """Mean loss at the ends of responses of conversations left out, by penalty; infinity is the constant's.
-
-        Of one Newton step from the constant, which takes squared errors without a link to their minimum: enough to tell
-        penalties apart, and all of them come from the same sums.
-        """
-        groups = sorted({sequence.group for sequence in self.train})
-        num_folds = min(_NUM_FOLDS, len(groups))
-        if num_folds < 2:  # nothing to leave out, and nothing to go by but the constant
-            return dict.fromkeys((math.inf, *_PENALTIES), 0.0)
-        fold_of = dict(zip(groups, (generator.permutation(len(groups)) % num_folds).tolist(), strict=True))
-        fold_N = torch.tensor([fold_of[s.group] for s in self.train for _ in _places(s)])
-        losses_of: dict[float, list[Tensor]] = {penalty: [] for penalty in (math.inf, *_PENALTIES)}
-        for fold in range(num_folds):
-            out = fold_N == fold
-            ends = out & self.is_end_N
-            steps = self._newton_steps(self.moments.minus(self._moments_of(out)))
-            for found, heads in zip(losses_of.values(), steps, strict=True):
-                scalar_N = heads.scalars(self.points.feature_NF[ends])[:, 0]
-                found.append(self._losses(scalar_N, self.points.target_N[ends]))
-            progress("choose the penalty", fold + 1, num_folds)
-        return {penalty: float(torch.cat(found).mean()) for penalty, found in losses_of.items()}
-
-    def _moments_of(self, rows: Tensor | slice) -> _Moments:
-        points = self.points
-        return _Moments.of(points.feature_NF[rows], self.weight_N[rows], points.target_N[rows].float())
-
-    def _newton_steps(self, moments: _Moments) -> Iterator[_Heads]:
-        """The constant, and from there one Newton step for each penalty."""
-        mean_F, mean = moments.mean, float(moments.target / moments.weight)
-        scalar, slope, curvature = self._at_constant(mean)
-        slope_F = slope * (moments.product_F / moments.weight - mean_F * mean)
-        curvature_FF = curvature * moments.covariance()
-        for penalty in (math.inf, *_PENALTIES):
-            weight_F = torch.zeros_like(mean_F)
-            if penalty < math.inf:
-                factor_FF = _factor(curvature_FF, penalty)
-                weight_F = torch.cholesky_solve(slope_F[:, None], factor_FF)[:, 0]
-            yield _Heads(weight_MF=weight_F[None], bias_M=(scalar - mean_F @ weight_F)[None])
-
-    def _at_constant(self, mean: float) -> tuple[float, float, float]:
-        """The scalar that gives the mean target, and there, in the scalar, the loss's slope for each unit that the target
-        lies above it, and the loss's curvature."""
-        if self.q_function.link == "identity":
-            return mean, 2.0, 2.0
-        mean = min(max(mean, _SMALLEST_CHANCE), 1 - _SMALLEST_CHANCE)
-        variance = mean * (1 - mean)  # the link's slope
-        scalar = math.log(mean / (1 - mean))
-        return (scalar, 1.0, variance) if self.is_cross_entropy else (scalar, 2 * variance, 2 * variance**2)
-
-    def _constant(self) -> _Heads:
-        """Each member's mean return, whatever the features."""
-        weight_NM = self.points.weight_NM
-        mean_M = (weight_NM * self.points.target_N[:, None]).sum(0) / weight_NM.sum(0).clamp(min=1e-12)
-        if self.q_function.link == "logistic":
-            mean_M = mean_M.clamp(_SMALLEST_CHANCE, 1 - _SMALLEST_CHANCE).logit()
-        num_features = self.points.feature_NF.shape[1]
-        return _Heads(weight_MF=torch.zeros(len(mean_M), num_features, dtype=torch.float64), bias_M=mean_M)
-
-    def _minimised(self, start: _Heads, points: _Points, penalty: float) -> _Heads:
-        """By L-BFGS over weights times the factor of the second derivative, in which all directions are about as steep."""
-        _, _, curvature = self._at_constant(float(self.moments.target / self.moments.weight))
-        factor_FF = _factor(curvature * self.moments.covariance(), penalty)
-        scaled_MF = (start.weight_MF @ factor_FF).requires_grad_()
-        bias_M = start.bias_M.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [scaled_MF, bias_M],
-            max_iter=_MOST_STEPS,
-            tolerance_grad=1e-6,
-            tolerance_change=1e-9,
-            line_search_fn="strong_wolfe",
-        )
-
-        def heads() -> _Heads:
-            weight_MF = torch.linalg.solve_triangular(factor_FF, scaled_MF, upper=False, left=False)
-            return _Heads(weight_MF=weight_MF, bias_M=bias_M)
-
-        def objective() -> Tensor:
-            optimizer.zero_grad()
-            found = heads()
-            total = self._member_losses(found, points).sum() + penalty / 2 * found.weight_MF.square().sum()
-            total.backward()
-            return total.detach()
-
-        with torch.enable_grad():
-            optimizer.step(objective)
-        with torch.no_grad():
-            found = heads()
-            return _Heads(weight_MF=found.weight_MF, bias_M=found.bias_M.clone())
-
-    def _member_losses(self, heads: _Heads, points: _Points) -> Tensor:
-        """Every member's weighted mean loss."""
-        scalar_NM = heads.scalars(points.feature_NF)
-        loss_NM = self._losses(scalar_NM, points.target_N[:, None].expand_as(scalar_NM))
-        return (loss_NM * points.weight_NM).sum(0) / points.weight_NM.sum(0).clamp(min=1e-12)
-
-    def _losses(self, scalar: Tensor, target: Tensor) -> Tensor:
-        """The loss of each scalar."""
-        if self.is_cross_entropy:
-            return losses.binary_cross_entropy(scalar, target)
-        return losses.squared_error(self.q_function.to_value(scalar), target)
+    def _said(self, rows: Sequence[int]) -> _Said:
+        """What is read in some sequences, in one matrix: it is the largest thing here."""
+        marks = self.q_function.marks
+        assert marks is not None
+        num_read = 4 * self.num_states
+        feature_NF = torch.empty(sum(len(self.read[row]) for row in rows), num_read + len(self.words))
+        start = 0
+        for row in rows:
+            token_ids, own = self.sequences[row].token_ids, slice(start, start + len(self.read[row]))
+            feature_NF[own, :num_read] = self.read[row][:, :num_read]
+            feature_NF[own, num_read:] = word_shares(token_ids, read_positions(self.sequences[row]), self.words, marks)
+            start = own.stop
+        of_all_N1, of_others_N1, _ = torch.cat([self.read[row][:, num_read:] for row in rows]).split(1, dim=1)
+        said = _Said(feature_NF=feature_NF, of_all_N1=of_all_N1, of_others_N1=of_others_N1)
+        said.means(self.num_states).div_(of_all_N1)
+        said.of_others(self.num_states)[:, : self.num_states].div_(of_others_N1.clamp(min=_SMALLEST_DEVIATION))
+        return said
 
     @torch.no_grad()
-    def _train_loss(self, heads: _Heads, points: _Points) -> float:
-        return float(self._member_losses(heads, points).mean())
-
-    @torch.no_grad()
-    def _held_out_loss(self, heads: _Heads) -> float:
-        """Of Q, which is the mean head's: each member has seen a part of the conversations, and by itself is worse."""
-        assert self.held_out is not None
-        mean = _Heads(weight_MF=heads.weight_MF.mean(0, keepdim=True), bias_M=heads.bias_M.mean(0, keepdim=True))
-        return float(self._member_losses(mean, self.held_out))
-
-    @torch.no_grad()
-    def _set(self, heads: _Heads) -> None:
+    def _set(self, heads: Heads) -> None:
         """Gives the Q-function heads for features and returns in their own units."""
-        weight_MF = heads.weight_MF / self.feature_unit_F
-        of_mean_MF = -weight_MF * self.mean_F
-        of_reliability_M = of_mean_MF[:, self.num_states :].sum(1)
-        constants_M2 = torch.stack([of_reliability_M, heads.bias_M + of_mean_MF[:, : self.num_states].sum(1)], dim=1)
-        self.q_function.heads.copy_(self.return_unit * torch.cat([weight_MF, constants_M2], dim=1))
-
-    def _parted(self, read: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Hidden states and means [N, F], and the reliability [N, 1] that the means were multiplied by."""
-        reliability_N1 = torch.cat([of_row[:, -2:-1] for of_row in read])
-        feature_NF = torch.cat([of_row[:, :-2] for of_row in read])
-        feature_NF[:, self.num_states :].div_(reliability_N1)
-        return feature_NF, reliability_N1
-
-    def _standardised(self, feature_NF: Tensor, reliability_N1: Tensor) -> Tensor:
-        """In the fit's units; in place: it is the largest thing here."""
-        feature_NF.sub_(self.mean_F).div_(self.feature_unit_F)
-        feature_NF[:, self.num_states :].mul_(reliability_N1)
-        return feature_NF
+        head_MF, word_MW = self.units.unstandardised(heads)
+        self.q_function.heads.copy_(self.return_unit * head_MF)
+        self.q_function.set_words(torch.tensor(self.words, dtype=torch.long), self.return_unit * word_MW.T)
 
     def _targets(self, targets: Sequence[tuple[float, ...]]) -> Tensor:
         """Of every training point, in the fit's unit."""
@@ -447,9 +350,21 @@ class _Regression:
         return target_N.clamp(0, 1) if self.q_function.link == "logistic" else target_N / self.return_unit
 
 
-def _factor(curvature_FF: Tensor, penalty: float) -> Tensor:
-    """Lower Cholesky factor of the objective's second derivative, the loss's and the penalty's."""
-    return torch.linalg.cholesky(curvature_FF + penalty * torch.eye(len(curvature_FF)))
+def _words(q_function: QFunction, sequences: Sequence[LabelledSequence]) -> TokenIds:
+    """The tokens that others said in the most conversations, but for those in nearly all or hardly any of them."""
+    assert q_function.marks is not None
+    said_in: dict[str, set[int]] = {}
+    for sequence in sequences:
+        token_T = torch.tensor(sequence.token_ids)
+        said_in.setdefault(sequence.group, set()).update(token_T[q_function.marks.others(token_T[None])[0]].tolist())
+    num_conversations = Counter(token for said in said_in.values() for token in said)
+    most = _LARGEST_SHARE_OF_A_WORD * len(said_in)
+    kept = [
+        (-count, token)
+        for token, count in num_conversations.items()
+        if _FEWEST_CONVERSATIONS_OF_A_WORD <= count <= most
+    ]
+    return tuple(token for _, token in sorted(kept)[:_MOST_WORDS])
 
 
 def _places(sequence: LabelledSequence) -> Iterator[tuple[int, int, float, bool]]:

@@ -138,6 +138,8 @@ class Renderer:
         self._special = self._special_tokens()
         self._takes_no_user = self._renders([{"role": "system", "content": _PROBE}])
         self.end_id = self._find_end_id()
+        self.generation_prompt = self._find_generation_prompt()
+        """What the template writes between a customer's message and the response; empty where it writes nothing."""
 
     def prompt_text(self, chat: Chat) -> str:
         """The prompt for the next response, as text."""
@@ -295,6 +297,11 @@ class Renderer:
             self._apply([{"role": "user", "content": _PROBE}], generate=True)
         except TemplateError as error:
             raise ValueError(f"{self.tokenizer.name_or_path}: the chat template is broken: {error}") from error
+
+    def _find_generation_prompt(self) -> TokenIds:
+        chat = [{"role": "user", "content": _PROBE}]
+        answered, asked = self._apply(chat, generate=True), self._apply(chat, generate=False)
+        return self.encode(answered.removeprefix(asked)) if answered.startswith(asked) else ()
 
     def _find_end_id(self) -> int:
         """The first token that the template writes after a response; a tokenizer's EOS where it writes none."""

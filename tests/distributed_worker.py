@@ -79,7 +79,7 @@ def squared_error_fit(folder: Path) -> Results:
 def read_out_fit(folder: Path) -> Results:
     """Each process reads the features of its share, and the heads are fitted to those of all."""
     logs = make_logs(24, by_response, seed=0)
-    q_function = QFunction.on_base(policy_of(folder).model, depth=1.0, link="logistic", num_heads=2)
+    q_function = QFunction.on_base(policy_of(folder).model, depth=1.0, link="logistic", num_heads=2, marks=tiny.MARKS)
     features = FeatureCache()
     history = fit_read_out(
         q_function,

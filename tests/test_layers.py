@@ -38,12 +38,13 @@ LAYERS: list[dict[str, str]] = [
         "muon": "",
         "supervised": "batching distributed muon sharding",
         "shared_prefix": "batching",
-        "running_means": "shared_prefix",
+        "conversation_features": "shared_prefix",
         "policy": "activation_checkpointing adapters batching config distributed losses rendering sampling shared_prefix sharding supervised",
-        "q_function": "activation_checkpointing adapters batching distributed losses running_means shared_prefix sharding supervised",
+        "q_function": "activation_checkpointing adapters batching conversation_features distributed losses shared_prefix sharding supervised",
         "frozen_features": "adapters q_function supervised",
         "q_fit": "batching config distributed frozen_features losses q_function sharding supervised",
-        "read_out": "config distributed frozen_features losses q_fit q_function supervised",
+        "read_out_regression": "losses supervised",
+        "read_out": "config conversation_features distributed frozen_features q_fit q_function read_out_regression supervised",
         "q_report": "intervals q_fit",
         "text_baseline": "conversations",
     },
@@ -89,7 +90,7 @@ LAYERS: list[dict[str, str]] = [
 """Every unit, a line each, with the units that it may import directly. A unit is a module or a package."""
 
 TURNS = {"conversations", "conversation_checks", "conversation_log", "log_summary", "returns", "text_baseline"}
-Q = {"q_function", "frozen_features", "q_fit", "read_out", "q_report"}
+Q = {"q_function", "frozen_features", "q_fit", "read_out", "read_out_regression", "q_report"}
 NEVER = {
     "improvement": TURNS | Q | {"environments"},
     "environments": Q | {"improvement", "returns"},

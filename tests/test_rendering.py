@@ -10,12 +10,14 @@ from functools import cache
 
 import pytest
 import tiny
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from iterative_ppo import rendering
+from iterative_ppo.conversation_features import ResponseMarks
 from iterative_ppo.conversations import Conversation, Message
 from iterative_ppo.rendering import Renderer, TokenIds, TurnSequence, common_prefix_length, pack_turns
 from iterative_ppo.turns_to_tokens import response_sequences, tokenize
@@ -326,6 +328,28 @@ def test_prompt_and_response_fit_the_context_together(num_words: int):
         assert len(prompt) + len(response) <= 96
     assert max(len(sequence.token_ids) for sequence in response_sequences(turns)) <= 96
     assert renderer.prompt_budget + 8 + 1 <= 96
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("system", [False, True])
+def test_responses_are_told_from_what_others_said_by_the_generation_prompt(family: str, system: bool):
+    """Sequence by sequence, what the marks say is a response is where the responses are."""
+    renderer = renderer_of(family)
+    marks = ResponseMarks(opening=renderer.generation_prompt, end_id=renderer.end_id)
+    assert marks.opening
+    prompts, responses = rendered(renderer, [SYSTEM, *TALK] if system else TALK)
+    for sequence in pack_turns(prompts, responses):
+        in_response = [False] * len(sequence.token_ids)
+        for turn in range(len(prompts)):  # also those whose decision point is in another sequence
+            start, end = len(prompts[turn]), len(prompts[turn] + responses[turn])
+            if sequence.token_ids[:end] == prompts[turn] + responses[turn]:
+                in_response[start:end] = [True] * (end - start)
+        others = marks.others(torch.tensor([sequence.token_ids]))[0].tolist()
+        if family == "thinking":  # what it drops from history moves the responses before
+            start, end = sequence.spans[-1]
+            assert not any(others[start:end])
+        else:
+            assert others == [not own for own in in_response]
 
 
 # --- tokens -------------------------------------------------------------------------------------------------

@@ -22,11 +22,13 @@ from transformers import (
 )
 
 from iterative_ppo.config import PolicyConfig
+from iterative_ppo.conversation_features import ResponseMarks
 from iterative_ppo.policy import Policy
 from iterative_ppo.rendering import TokenIds
 
 SPECIAL = ["<pad>", "<end>", "<system>", "<user>", "<assistant>"]
 PAD, END, SYSTEM, USER, ASSISTANT = range(5)
+MARKS = ResponseMarks(opening=(ASSISTANT,), end_id=END)
 LETTERS = "abcdefg"
 A, B, C, D, E, F, G = range(5, 12)
 TEMPLATE = (
