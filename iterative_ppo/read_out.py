@@ -32,7 +32,6 @@ from iterative_ppo.supervised import FitHistory, Progress, no_progress
 
 _Found = TypeVar("_Found")
 
-_NUM_BETWEEN = 3
 _MOST_WORDS = 1536
 _FEWEST_CONVERSATIONS_OF_A_WORD = 5
 _LARGEST_SHARE_OF_A_WORD = 0.9
@@ -56,7 +55,7 @@ class ReadOutHistory(FitHistory):
 
 
 def read_positions(sequence: LabelledSequence) -> list[int]:
-    """Where a sequence is read: each state, a few tokens of each response, and its end."""
+    """Where a sequence is read: each state, the middle of each response, and its end."""
     return [position for position, *_ in _places(sequence)]
 
 
@@ -72,11 +71,11 @@ def fit_read_out(
     retarget: Callable[[Predictions], list[tuple[float, ...]]] | None = None,
     progress: Progress = no_progress,
 ) -> ReadOutHistory:
-    """Regresses Q's heads, and what words are worth, on the returns by L-BFGS: Σ w loss / Σ w + penalty/2 |weights|², in
+    """Regresses Q's heads, and what words are worth, on the returns by L-BFGS: mean loss + penalty/2 |weights|², in
     standardised features, those of means times their reliability.
 
-    What is read weighs as in `fit_q_function`: the end of a response 1, the state before it 1, a few tokens in between 1
-    together. Q is fitted to all conversations, and the ensemble's members are around it as far as bootstraps of them lead.
+    The end of a response, the state before it and one token in between weigh the same, as in `fit_q_function`, where all
+    tokens in between weigh that together. Q is fitted to all conversations, and the ensemble's members are around it as far as bootstraps of them lead.
     HL-Gauss, which is a way to train a trunk, is squared error here. The penalty is that of the lowest loss at the ends of
     responses of conversations left out, in folds of the training conversations; where none is below that of the mean return,
     Q is the mean return.
@@ -255,7 +254,6 @@ class _Fitting:
         self.regression = Regression(
             Points(
                 feature_NF=self.units.standardised(said),
-                weight_N=torch.cat([_weights(s) for s in self.train]),
                 member_weight_NM=torch.stack([weight_of[s.group] for s in self.train for _ in _places(s)]),
                 target_N=self._targets([sequence.returns for sequence in self.train]),
                 is_end_N=torch.tensor([is_end for s in self.train for *_, is_end in _places(s)]),
@@ -367,20 +365,15 @@ def _words(q_function: QFunction, sequences: Sequence[LabelledSequence]) -> Toke
     return tuple(token for _, token in sorted(kept)[:_MOST_WORDS])
 
 
-def _places(sequence: LabelledSequence) -> Iterator[tuple[int, int, float, bool]]:
-    """Position, span, weight and whether it is the end of a response, of all that is read."""
+def _places(sequence: LabelledSequence) -> Iterator[tuple[int, int, bool]]:
+    """Position, span, and whether it is the end of a response, of all that is read."""
     for span, (start, end) in enumerate(sequence.spans):
-        yield start - 1, span, 1.0, False
-        num_between = min(_NUM_BETWEEN, max(end - 1 - start, 0))
-        for position in np.linspace(start - 1, end - 1, num_between + 2)[1:-1].round().astype(int).tolist():
-            yield position, span, 1.0 / num_between, False
+        yield start - 1, span, False
+        if end > start + 1:
+            yield (start + end) // 2 - 1, span, False
         if end > start:
-            yield end - 1, span, 1.0, True
-
-
-def _weights(sequence: LabelledSequence) -> Tensor:
-    return torch.tensor([weight for _, _, weight, _ in _places(sequence)])
+            yield end - 1, span, True
 
 
 def _targets(sequence: LabelledSequence, targets: tuple[float, ...]) -> Tensor:
-    return torch.tensor([targets[span] for _, span, *_ in _places(sequence)], dtype=torch.float64)
+    return torch.tensor([targets[span] for _, span, _ in _places(sequence)], dtype=torch.float64)

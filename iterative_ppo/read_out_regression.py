@@ -26,8 +26,6 @@ class Points:
     """The rows of a regression, in its units."""
 
     feature_NF: Tensor
-    weight_N: Tensor
-    """Float32."""
     member_weight_NM: Tensor
     """How often each member's bootstrap drew the row's conversation."""
     target_N: Tensor
@@ -56,44 +54,47 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class _Moments:
-    """Weighted sums over positions, float64: all that a linear regression needs."""
+    """Sums over rows, float64: all that a linear regression needs."""
 
-    weight: Tensor
+    num_rows: Tensor
     feature_F: Tensor
     target: Tensor
     square_FF: Tensor
     product_F: Tensor
 
     @classmethod
-    def of(cls, feature_NF: Tensor, weight_N: Tensor, target_N: Tensor) -> "_Moments":
+    def of(cls, feature_NF: Tensor, target_N: Tensor) -> "_Moments":
         """Products in float32, sums of many in float64: a weak penalty must still be more than the rounding."""
         num_features = feature_NF.shape[1]
         shapes = ((), (num_features,), (), (num_features, num_features), (num_features,))
         sums = cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
-        for x_CF, w_C, y_C in zip(*(x.split(_CHUNK_ROWS) for x in (feature_NF, weight_N, target_N)), strict=True):
-            weighted_CF = x_CF * w_C[:, None]
-            sums.weight.add_(w_C.sum())
-            sums.feature_F.add_(weighted_CF.sum(0))
-            sums.target.add_((w_C * y_C).sum())
-            sums.square_FF.add_(weighted_CF.T @ x_CF)
-            sums.product_F.add_(weighted_CF.T @ y_C)
+        for x_CF, y_C in zip(feature_NF.split(_CHUNK_ROWS), target_N.float().split(_CHUNK_ROWS), strict=True):
+            sums.num_rows.add_(len(y_C))
+            sums.feature_F.add_(x_CF.sum(0))
+            sums.target.add_(y_C.sum())
+            sums.square_FF.add_(x_CF.T @ x_CF)
+            sums.product_F.add_(x_CF.T @ y_C)
         return sums
 
     @property
     def mean(self) -> Tensor:
         """Of the features [F]."""
-        return self.feature_F / self.weight
+        return self.feature_F / self.num_rows
+
+    @property
+    def mean_target(self) -> float:
+        return float(self.target / self.num_rows)
 
     def covariance(self) -> Tensor:
         """Of the features [F, F]."""
-        return self.square_FF / self.weight - torch.outer(self.mean, self.mean)
+        return self.square_FF / self.num_rows - torch.outer(self.mean, self.mean)
 
     def minus(self, other: "_Moments") -> "_Moments":
         return _Moments(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
 
 class Regression:
-    """Σ w loss / Σ w + penalty/2 |weights|², minimised by each member.
+    """Mean loss + penalty/2 |weights|², minimised by each member.
 
     Args:
         is_logistic: whether predictions are the logistic function of scalars; else they are the scalars.
@@ -132,7 +133,7 @@ class Regression:
     def constant(self) -> Heads:
         """The mean target, whatever the features, for every member."""
         num_members, num_features = self.points.member_weight_NM.shape[1], self.points.feature_NF.shape[1]
-        scalar, *_ = self._at_constant(float(self.moments.target / self.moments.weight))
+        scalar, *_ = self._at_constant(self.moments.mean_target)
         return Heads(
             weight_MF=torch.zeros(num_members, num_features, dtype=torch.float64),
             bias_M=torch.full((num_members,), scalar, dtype=torch.float64),
@@ -148,7 +149,7 @@ class Regression:
             target_N: the rows' targets.
         """
         points = replace(self.points, target_N=target_N)
-        _, _, curvature = self._at_constant(float(self.moments.target / self.moments.weight))
+        _, _, curvature = self._at_constant(self.moments.mean_target)
         factor_FF = _factor(curvature * self.moments.covariance(), penalty)
         mean = start.mean()
         # The fit to all rows is one more member, the first.
@@ -181,10 +182,8 @@ class Regression:
 
     @torch.no_grad()
     def train_loss(self, heads: Heads, target_N: Tensor) -> float:
-        """The mean head's weighted mean loss."""
-        return _weighted_mean(
-            self.losses(heads.mean().scalars(self.points.feature_NF)[:, 0], target_N), self.points.weight_N
-        )
+        """Of the mean head."""
+        return float(self.losses(heads.mean().scalars(self.points.feature_NF)[:, 0], target_N).mean())
 
     def losses(self, scalar: Tensor, target: Tensor) -> Tensor:
         """The loss of each scalar."""
@@ -193,22 +192,21 @@ class Regression:
         return losses.squared_error(scalar.sigmoid() if self.is_logistic else scalar, target)
 
     def _member_losses(self, heads: Heads, points: Points) -> Tensor:
-        """The weighted mean loss of the fit to all rows, and of every member."""
+        """The mean loss of the fit to all rows, and of every member on its bootstrap."""
         scalar_NM = heads.scalars(points.feature_NF)
         loss_NM = self.losses(scalar_NM, points.target_N[:, None].expand_as(scalar_NM))
-        drawn_NM = torch.cat([torch.ones_like(points.member_weight_NM[:, :1]), points.member_weight_NM], dim=1)
-        weight_NM = points.weight_N[:, None] * drawn_NM
+        weight_NM = torch.cat([torch.ones_like(points.member_weight_NM[:, :1]), points.member_weight_NM], dim=1)
         return (loss_NM * weight_NM).sum(0) / weight_NM.sum(0).clamp(min=1e-12)
 
     def _moments_of(self, rows: Tensor | slice) -> _Moments:
         points = self.points
-        return _Moments.of(points.feature_NF[rows], points.weight_N[rows], points.target_N[rows].float())
+        return _Moments.of(points.feature_NF[rows], points.target_N[rows])
 
     def _newton_steps(self, moments: _Moments) -> Iterator[Heads]:
         """The constant, and from there one Newton step for each penalty."""
-        mean_F, mean = moments.mean, float(moments.target / moments.weight)
+        mean_F, mean = moments.mean, moments.mean_target
         scalar, slope, curvature = self._at_constant(mean)
-        slope_F = slope * (moments.product_F / moments.weight - mean_F * mean)
+        slope_F = slope * (moments.product_F / moments.num_rows - mean_F * mean)
         curvature_FF = curvature * moments.covariance()
         for penalty in (math.inf, *PENALTIES):
             weight_F = torch.zeros_like(mean_F)
@@ -231,10 +229,6 @@ class Regression:
 def _around_first(x_MX: Tensor) -> Tensor:
     """All but the first, moved so that their mean is the first."""
     return x_MX[1:] - x_MX[1:].mean(0) + x_MX[0]
-
-
-def _weighted_mean(x_N: Tensor, weight_N: Tensor) -> float:
-    return float((x_N * weight_N).sum() / weight_N.sum().clamp(min=1e-12))
 
 
 def _factor(curvature_FF: Tensor, penalty: float) -> Tensor:
