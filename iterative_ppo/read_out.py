@@ -370,7 +370,7 @@ def _places(sequence: LabelledSequence) -> Iterator[tuple[int, int, bool]]:
     for span, (start, end) in enumerate(sequence.spans):
         yield start - 1, span, False
         if end > start + 1:
-            yield (start + end) // 2 - 1, span, False
+            yield round((start - 1 + end - 1) / 2), span, False
         if end > start:
             yield end - 1, span, True
 

@@ -300,8 +300,7 @@ def design(q_function: QFunction, sequences: Sequence[LabelledSequence]) -> Desi
         is_others_T = others_of(sequence)
         places.append([])
         for (start, end), value in zip(sequence.spans, sequence.returns, strict=True):
-            assert end == start + 3
-            for t in (start - 1, start, end - 1):
+            for t in (start - 1, round((start - 1 + end - 1) / 2), end - 1):
                 own_T = np.flatnonzero(is_others_T[: t + 1])
                 age_T = np.arange(t, -1, -1)
                 states.append(hidden_TD[t])
