@@ -16,10 +16,10 @@ from _ppo_task import (
 )
 
 from iterative_ppo.config import ImprovementConfig, PolicyConfig
-from iterative_ppo.from_logs import q_reward
 from iterative_ppo.improvement.native import improve
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_function import QFunction, TokenValue
+from iterative_ppo.q_reward import q_reward
 
 _TOKENS_PER_BATCH = 4096
 _NO_LIMIT = 1e6

@@ -29,10 +29,10 @@ from transformers.utils import logging as transformers_logging
 
 from iterative_ppo import policy as policy_module
 from iterative_ppo.config import ImprovementConfig, PolicyConfig
-from iterative_ppo.from_logs import q_reward
 from iterative_ppo.improvement import native
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_function import QFunction, TokenValue
+from iterative_ppo.q_reward import q_reward
 
 transformers_logging.disable_progress_bar()
 

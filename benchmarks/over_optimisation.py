@@ -21,12 +21,12 @@ from iterative_ppo import config as config_module
 from iterative_ppo.conversation_log import read_conversations
 from iterative_ppo.environments import make_environment
 from iterative_ppo.environments.rollout import collect
-from iterative_ppo.from_logs import q_reward
 from iterative_ppo.improvement.base import UpdateMetrics
 from iterative_ppo.improvement.native import improve
 from iterative_ppo.intervals import mean_interval
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_function import QFunction, TokenValue
+from iterative_ppo.q_reward import q_reward
 from iterative_ppo.stages import total_reward
 from iterative_ppo.turns_to_tokens import all_prompts, tokenize
 

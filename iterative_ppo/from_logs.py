@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from iterative_ppo.activation_checkpointing import keep_no_activations
 from iterative_ppo.adapters import is_frozen
@@ -23,13 +22,12 @@ from iterative_ppo.conversations import (
     turn_rewards,
 )
 from iterative_ppo.improvement import backends
-from iterative_ppo.improvement.base import RewardFunction
 from iterative_ppo.loading import load_policy, resolve_device
 from iterative_ppo.policy import Policy
 from iterative_ppo.pretraining import clone_with_outcomes
 from iterative_ppo.q_from_logs import labelled
 from iterative_ppo.q_function import QFunction, QFunctionCard, TokenValue
-from iterative_ppo.rendering import TokenIds
+from iterative_ppo.q_reward import q_reward
 from iterative_ppo.run_directory import to_json, write_json
 from iterative_ppo.supervised import Progress
 from iterative_ppo.turns_to_tokens import all_prompts, response_sequences, tokenize
@@ -160,12 +158,3 @@ def improve_from_logs(
         "entropy_first": first.entropy,
         "entropy_last": last.entropy,
     }
-
-
-def q_reward(q_function: QFunction, *, pessimism: float, tokens_per_batch: int) -> RewardFunction:
-    """Q as the reward function of the single-turn problem."""
-
-    def reward(prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> torch.Tensor:
-        return q_function.pessimistic_values(prompts, responses, pessimism=pessimism, tokens_per_batch=tokens_per_batch)
-
-    return reward

@@ -11,12 +11,12 @@ from iterative_ppo.adapters import has_adapter, without_adapter
 from iterative_ppo.compatibility import architecture_difference, tokenizer_difference
 from iterative_ppo.config import Config
 from iterative_ppo.export import folder_hash, require_unchanged
-from iterative_ppo.from_logs import q_reward
 from iterative_ppo.improvement.responses import sample_responses
 from iterative_ppo.loading import load_policy, load_q_function
 from iterative_ppo.open_step import OpenStep
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_function import QFunction
+from iterative_ppo.q_reward import q_reward
 from iterative_ppo.rendering import TokenIds
 from iterative_ppo.run_directory import RunDirectory, Stage
 from iterative_ppo.turns_to_tokens import all_prompts, tokenize
