@@ -48,7 +48,9 @@ def main() -> None:
     policy = Policy.tiny([" ".join(words)] * 5, config, seed=0)
 
     def allocated() -> int:
-        policy.renderer._pieces.clear()  # a cache of bounded size, which these few conversations would not fill
+        # Caches of bounded size, which these few conversations would not fill.
+        policy.renderer._pieces.clear()
+        policy.renderer._prompts.clear()
         return tracemalloc.get_traced_memory()[0]
 
     tracemalloc.start()
