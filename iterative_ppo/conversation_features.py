@@ -36,11 +36,12 @@ class ResponseMarks:
     end_id: int
 
     def others(self, token_BT: Tensor, tree: TreeBatch | None = None) -> Tensor:
-        """True where a token is not of a response [B, T]: the customer's, the system's, the template's own.
+        """True where a token is not of a response [B, T], on the CPU: the customer's, the system's, the template's own.
 
         Args:
             tree: the trees whose tokens they are; all of a branch is a response.
         """
+        token_BT = token_BT.cpu()
         place_T = torch.arange(token_BT.shape[1])
         opened_BT = torch.full(token_BT.shape, -1)
         width = len(self.opening)

@@ -261,11 +261,8 @@ class QFunction(nn.Module):
         return self._features(hidden_BTD, batch.token_BT, batch) @ self.heads.T + self._words(batch.token_BT, batch)
 
     def scalars_at(self, row: TokenIds, places: Sequence[int], feature_PF: Tensor) -> Tensor:
-        """The same at places of a row whose features are known: [P, M]."""
-        words_1TM = self._words(torch.tensor([row]))
-        return feature_PF.to(self.device) @ self.heads.T + (
-            words_1TM if self.marks is None else words_1TM[0, list(places)]
-        )
+        """The same at places of a row whose features are known, of a frozen trunk: [P, M]."""
+        return feature_PF.to(self.device) @ self.heads.T + self._words(torch.tensor([row]))[0, list(places)]
 
     def forward(self, token_BT: Tensor) -> Tensor:
         """Every ensemble member's scalar, before the link, at every token of rows padded on the right: [B, T, M]."""
