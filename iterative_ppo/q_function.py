@@ -390,8 +390,7 @@ def load_card(folder: str | Path) -> QFunctionCard:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         schema = fields.pop("schema")
-        marks = fields.pop("marks")
-        if marks is not None:
+        if (marks := fields.pop("marks", None)) is not None:
             marks = ResponseMarks(opening=tuple(marks["opening"]), end_id=marks["end_id"])
         card = QFunctionCard(**fields, marks=marks)
     except FileNotFoundError:

@@ -706,6 +706,16 @@ def test_a_checkpoint_holds_the_heads_and_the_name_of_the_model(
     assert not {p.data_ptr() for p in alone.model.parameters()} & frozen
 
 
+def test_a_checkpoint_of_another_version_is_refused_by_its_schema(base: Path, tmp_path: Path):
+    on_base(base).save(tmp_path, dataclasses.replace(CARD, link="logistic"), load(base).tokenizer)
+    path = tmp_path / "q_function.json"
+    fields = json.loads(path.read_text())
+    del fields["marks"]
+    path.write_text(json.dumps(fields | {"schema": 4}))
+    with pytest.raises(ValueError, match=r"schema 4 .* not known to this version"):
+        QFunction.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     "changed", [{"read_out": "median"}, {"base": None}, {"num_layers": None}, {"marks": None}, {"schema": 1}]
 )
