@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iterative_ppo.shared_prefix import TreeBatch
-
-TokenIds = tuple[int, ...]
+from iterative_ppo.shared_prefix import TokenIds, TreeBatch
 
 HALF_LIFE_TOKENS = 64
 """After so many more tokens a token counts half as much in the recent mean."""
@@ -47,7 +45,7 @@ class ResponseMarks:
         width = len(self.opening)
         if 0 < width <= token_BT.shape[1]:
             is_opening_BT = (token_BT.unfold(1, width, 1) == torch.tensor(self.opening)).all(-1)
-            opened_BT[:, width - 1 :][is_opening_BT] = place_T[width - 1 :].expand_as(is_opening_BT)[is_opening_BT]
+            opened_BT[:, width - 1 :] = torch.where(is_opening_BT, place_T[width - 1 :], -1)
         ended_BT = torch.where(token_BT == self.end_id, place_T, -1)
         others_BT = torch.ones(token_BT.shape, dtype=torch.bool)
         others_BT[:, 1:] = (opened_BT.cummax(1).values <= ended_BT.cummax(1).values)[:, :-1]
@@ -70,20 +68,11 @@ def features(hidden_BTD: Tensor, others_BT: Tensor, tree: TreeBatch | None = Non
         others_BT: see `ResponseMarks.others`.
         tree: the trees whose hidden states they are. Default: rows, in which a token sees all that stands before it.
     """
-    all_BT = torch.ones_like(others_BT)
-    of_all_BT1, of_others_BT1 = (reliability(_num_seen(own_BT, tree).to(hidden_BTD)) for own_BT in (all_BT, others_BT))
-    return torch.cat(
-        [
-            hidden_BTD,
-            of_all_BT1 * _mean(hidden_BTD, all_BT, tree),
-            of_all_BT1 * _recent_mean(hidden_BTD, tree),
-            of_others_BT1 * _mean(hidden_BTD, others_BT, tree),
-            of_all_BT1,
-            of_others_BT1,
-            torch.ones_like(of_all_BT1),
-        ],
-        dim=-1,
-    )
+    mean_BTD, of_all_BT1 = _reliable_mean(hidden_BTD, torch.ones_like(others_BT), tree)
+    others_BTD, of_others_BT1 = _reliable_mean(hidden_BTD, others_BT, tree)
+    recent_BTD = of_all_BT1 * _recent_mean(hidden_BTD, tree)
+    constant_BT1 = torch.ones_like(of_all_BT1)
+    return torch.cat([hidden_BTD, mean_BTD, recent_BTD, others_BTD, of_all_BT1, of_others_BT1, constant_BT1], dim=-1)
 
 
 def word_scalars(value_BTM: Tensor, others_BT: Tensor, tree: TreeBatch | None = None) -> Tensor:
@@ -92,18 +81,19 @@ def word_scalars(value_BTM: Tensor, others_BT: Tensor, tree: TreeBatch | None = 
     Args:
         value_BTM: the worth of each token as a word, to each member.
     """
-    return reliability(_num_seen(others_BT, tree).to(value_BTM)) * _mean(value_BTM, others_BT, tree)
+    mean_BTM, _ = _reliable_mean(value_BTM, others_BT, tree)
+    return mean_BTM
 
 
 def word_shares(row: TokenIds, places: Sequence[int], words: TokenIds, marks: ResponseMarks) -> Tensor:
     """The share of each word among the others' tokens, at places of a row [P, W]: ρ' times them is what `word_scalars` is
     linear in."""
-    others_1T = marks.others(torch.tensor([row]))
+    others_T = marks.others(torch.tensor([row]))[0]
     column_of = {word: column for column, word in enumerate(words)}
     count_TW = torch.zeros(len(row), len(words) + 1)
-    count_TW[range(len(row)), [column_of.get(token, len(words)) for token in row]] = others_1T[0].float()
+    count_TW[range(len(row)), [column_of.get(token, len(words)) for token in row]] = others_T.float()
     at = list(places)
-    return count_TW.cumsum(0)[at, :-1] / _num_seen(others_1T, None)[0, at].clamp(min=1)
+    return count_TW.cumsum(0)[at, :-1] / others_T.cumsum(0)[at, None].clamp(min=1)
 
 
 def reliability(num_tokens: Tensor) -> Tensor:
@@ -115,21 +105,18 @@ def reliability(num_tokens: Tensor) -> Tensor:
     return (num_tokens / (num_tokens + RELIABILITY_TOKENS)).sqrt()
 
 
-def _num_seen(own_BT: Tensor, tree: TreeBatch | None) -> Tensor:
-    """How many of the marked tokens each token sees, itself included [B, T, 1]."""
-    if tree is None or tree.attention_BTT is None:
-        return own_BT.cumsum(1)[..., None]
-    return (tree.attention_BTT & own_BT[:, None, :]).sum(-1, keepdim=True)
-
-
-def _mean(x_BTD: Tensor, own_BT: Tensor, tree: TreeBatch | None) -> Tensor:
-    """The mean of x over the marked tokens that each token sees; 0 where it sees none."""
-    num_own_BT1 = _num_seen(own_BT, tree).clamp(min=1).to(x_BTD.device)
+def _reliable_mean(x_BTD: Tensor, own_BT: Tensor, tree: TreeBatch | None) -> tuple[Tensor, Tensor]:
+    """ρ times the mean of x over the marked tokens that each token sees, 0 where it sees none; and ρ [B, T, 1]."""
     own_BT = own_BT.to(x_BTD.device)
     if tree is None or tree.attention_BTT is None:
-        return ((x_BTD.double() * own_BT[..., None]).cumsum(1) / num_own_BT1).float()
-    sees_BTT = tree.attention_BTT.to(x_BTD.device) & own_BT[:, None, :]
-    return sees_BTT.to(x_BTD) @ x_BTD / num_own_BT1
+        num_seen_BT1 = own_BT.cumsum(1)[..., None]
+        mean_BTD = ((x_BTD.double() * own_BT[..., None]).cumsum(1) / num_seen_BT1.clamp(min=1)).float()
+    else:
+        sees_BTT = tree.attention_BTT.to(x_BTD.device) & own_BT[:, None, :]
+        num_seen_BT1 = sees_BTT.sum(-1, keepdim=True)
+        mean_BTD = sees_BTT.to(x_BTD) @ x_BTD / num_seen_BT1.clamp(min=1)
+    reliability_BT1 = reliability(num_seen_BT1.to(x_BTD))
+    return reliability_BT1 * mean_BTD, reliability_BT1
 
 
 def _recent_mean(hidden_BTD: Tensor, tree: TreeBatch | None) -> Tensor:

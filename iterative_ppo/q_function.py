@@ -253,30 +253,35 @@ class QFunction(nn.Module):
 
     def features(self, token_BT: Tensor) -> Tensor:
         """What the heads multiply at every token of rows padded on the right: [B, T, F]."""
-        return self._features(self.hidden(token_BT), token_BT)
+        hidden_BTD = self.hidden(token_BT)
+        return hidden_BTD if self.marks is None else features(hidden_BTD, self.marks.others(token_BT))
 
     def scalars_of_trees(self, batch: TreeBatch) -> Tensor:
         """Every member's scalar at every token of prompts that share their prefixes: [B, T, M]."""
         hidden_BTD = run_trees(self._last_hidden, batch, device=self.device, dtype=self.model.dtype)
-        return self._features(hidden_BTD, batch.token_BT, batch) @ self.heads.T + self._words(batch.token_BT, batch)
+        return self._scalars(hidden_BTD, batch.token_BT, batch)
 
     def scalars_at(self, row: TokenIds, places: Sequence[int], feature_PF: Tensor) -> Tensor:
         """The same at places of a row whose features are known, of a frozen trunk: [P, M]."""
-        return feature_PF.to(self.device) @ self.heads.T + self._words(torch.tensor([row]))[0, list(places)]
+        assert self.marks is not None
+        token_1T = torch.tensor([row])
+        words_1TM = word_scalars(self._word_values_of(token_1T), self.marks.others(token_1T))
+        return feature_PF.to(self.device) @ self.heads.T + words_1TM[0, list(places)]
 
     def forward(self, token_BT: Tensor) -> Tensor:
         """Every ensemble member's scalar, before the link, at every token of rows padded on the right: [B, T, M]."""
-        return self.features(token_BT) @ self.heads.T + self._words(token_BT)
+        return self._scalars(self.hidden(token_BT), token_BT)
 
-    def _features(self, hidden_BTD: Tensor, token_BT: Tensor, tree: TreeBatch | None = None) -> Tensor:
-        return hidden_BTD if self.marks is None else features(hidden_BTD, self.marks.others(token_BT, tree), tree)
-
-    def _words(self, token_BT: Tensor, tree: TreeBatch | None = None) -> Tensor:
-        """What the words that each token sees are worth; 0 where words are not read."""
+    def _scalars(self, hidden_BTD: Tensor, token_BT: Tensor, tree: TreeBatch | None = None) -> Tensor:
         if self.marks is None:
-            return self.heads.new_zeros(())
-        value_BTM = nn.functional.embedding(token_BT.to(self.device), self.word_values)
-        return word_scalars(value_BTM, self.marks.others(token_BT, tree), tree)
+            return hidden_BTD @ self.heads.T
+        others_BT = self.marks.others(token_BT, tree)
+        words_BTM = word_scalars(self._word_values_of(token_BT), others_BT, tree)
+        return features(hidden_BTD, others_BT, tree) @ self.heads.T + words_BTM
+
+    def _word_values_of(self, token_BT: Tensor) -> Tensor:
+        """What each token is worth as somebody else's word [B, T, M]."""
+        return nn.functional.embedding(token_BT.to(self.device), self.word_values)
 
     def _last_hidden(self, **inputs: Tensor) -> Tensor:
         with gradient_pass(self.model):

@@ -227,9 +227,8 @@ def test_trees_are_read_as_rows(base: Path):
     np.testing.assert_allclose(batch.end(own), alone[rows], rtol=0, atol=TOLERANCE)
     hidden_BTD = run_trees(q_function._last_hidden, batch, device=q_function.device, dtype=torch.float32)
     others_BT = tiny.MARKS.others(batch.token_BT)
-    wrong = conversation_features.features(hidden_BTD, others_BT) @ q_function.heads.T + q_function._words(
-        batch.token_BT
-    )
+    words_BTM = conversation_features.word_scalars(q_function.word_values[batch.token_BT], others_BT)
+    wrong = conversation_features.features(hidden_BTD, others_BT) @ q_function.heads.T + words_BTM
     assert (batch.end(wrong) - alone[rows]).abs().max() > 0.01
 
 
