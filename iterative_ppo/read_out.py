@@ -75,10 +75,10 @@ def fit_read_out(
     standardised features, those of means times their reliability.
 
     The end of a response, the state before it and one token in between weigh the same, as in `fit_q_function`, where all
-    tokens in between weigh that together. Q is fitted to all conversations, and the ensemble's members are around it as far as bootstraps of them lead.
-    HL-Gauss, which is a way to train a trunk, is squared error here. The penalty is that of the lowest loss at the ends of
-    responses of conversations left out, in folds of the training conversations; where none is below that of the mean return,
-    Q is the mean return.
+    tokens in between weigh that together. Q is fitted to all of the training conversations, and the ensemble's members are
+    around it as far as bootstraps of them lead. HL-Gauss, which is a way to train a trunk, is squared error here. The penalty
+    is that of the lowest loss at the ends of responses of conversations left out, in folds of the training conversations;
+    where none is below that of the mean return, Q is the mean return.
 
     Args:
         q_function: a read-out of a frozen trunk; its heads and words are set.
@@ -284,7 +284,7 @@ class _Fitting:
 
         def held_out_loss(heads: Heads) -> float:
             scalar_N = heads.mean().scalars(feature_NF)[:, 0]
-            return float(regression.losses(scalar_N, target_N / self.return_unit).mean())
+            return float(regression.element_loss(scalar_N, target_N / self.return_unit).mean())
 
         constant = regression.constant()
         penalty_losses = regression.penalty_losses(generator, progress)

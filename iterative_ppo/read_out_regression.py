@@ -5,7 +5,7 @@ N rows, F standardised features, M ensemble members.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -106,6 +106,9 @@ class Regression:
         self.is_logistic = is_logistic
         self.is_cross_entropy = is_cross_entropy
         self.moments = self._moments_of(slice(None))
+        # The fit to all rows is one more member, the first.
+        once_N1 = torch.ones_like(points.member_weight_NM[:, :1])
+        self._weight_NM = torch.cat([once_N1, points.member_weight_NM], dim=1)
 
     def penalty_losses(self, generator: np.random.Generator, progress: Progress) -> dict[float, float]:
         """Mean loss at the ends of responses of conversations left out, by penalty; infinity is the constant's.
@@ -123,10 +126,10 @@ class Regression:
         for fold in range(num_folds):
             out = fold_N == fold
             ends = out & self.points.is_end_N
+            feature_NF, target_N = self.points.feature_NF[ends], self.points.target_N[ends]
             steps = self._newton_steps(self.moments.minus(self._moments_of(out)))
             for found, heads in zip(losses_of.values(), steps, strict=True):
-                scalar_N = heads.scalars(self.points.feature_NF[ends])[:, 0]
-                found.append(self.losses(scalar_N, self.points.target_N[ends]))
+                found.append(self.element_loss(heads.scalars(feature_NF)[:, 0], target_N))
             progress("choose the penalty", fold + 1, num_folds)
         return {penalty: float(torch.cat(found).mean()) for penalty, found in losses_of.items()}
 
@@ -148,11 +151,9 @@ class Regression:
         Args:
             target_N: the rows' targets.
         """
-        points = replace(self.points, target_N=target_N)
         _, _, curvature = self._at_constant(self.moments.mean_target)
         factor_FF = _factor(curvature * self.moments.covariance(), penalty)
         mean = start.mean()
-        # The fit to all rows is one more member, the first.
         scaled_MF = (torch.cat([mean.weight_MF, start.weight_MF]) @ factor_FF).requires_grad_()
         bias_M = torch.cat([mean.bias_M, start.bias_M]).requires_grad_()
         optimizer = torch.optim.LBFGS(
@@ -170,7 +171,7 @@ class Regression:
         def objective() -> Tensor:
             optimizer.zero_grad()
             found = heads()
-            total = self._member_losses(found, points).sum() + penalty / 2 * found.weight_MF.square().sum()
+            total = self._member_losses(found, target_N).sum() + penalty / 2 * found.weight_MF.square().sum()
             total.backward()
             return total.detach()
 
@@ -183,19 +184,19 @@ class Regression:
     @torch.no_grad()
     def train_loss(self, heads: Heads, target_N: Tensor) -> float:
         """Of the mean head."""
-        return float(self.losses(heads.mean().scalars(self.points.feature_NF)[:, 0], target_N).mean())
+        return float(self.element_loss(heads.mean().scalars(self.points.feature_NF)[:, 0], target_N).mean())
 
-    def losses(self, scalar: Tensor, target: Tensor) -> Tensor:
+    def element_loss(self, scalar: Tensor, target: Tensor) -> Tensor:
         """The loss of each scalar."""
         if self.is_cross_entropy:
             return losses.binary_cross_entropy(scalar, target)
         return losses.squared_error(scalar.sigmoid() if self.is_logistic else scalar, target)
 
-    def _member_losses(self, heads: Heads, points: Points) -> Tensor:
+    def _member_losses(self, heads: Heads, target_N: Tensor) -> Tensor:
         """The mean loss of the fit to all rows, and of every member on its bootstrap."""
-        scalar_NM = heads.scalars(points.feature_NF)
-        loss_NM = self.losses(scalar_NM, points.target_N[:, None].expand_as(scalar_NM))
-        weight_NM = torch.cat([torch.ones_like(points.member_weight_NM[:, :1]), points.member_weight_NM], dim=1)
+        scalar_NM = heads.scalars(self.points.feature_NF)
+        loss_NM = self.element_loss(scalar_NM, target_N[:, None].expand_as(scalar_NM))
+        weight_NM = self._weight_NM
         return (loss_NM * weight_NM).sum(0) / weight_NM.sum(0).clamp(min=1e-12)
 
     def _moments_of(self, rows: Tensor | slice) -> _Moments:
