@@ -25,6 +25,22 @@ def load_policy(config: Config, source: str | Path) -> Policy:
     )
 
 
+class PolicyLoader:
+    """Loads the policies of one run. They speak one language, so that they share what is known of its prompts."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._renderer: Renderer | None = None
+
+    def load(self, source: Path) -> Policy:
+        """As `load_policy`."""
+        policy = load_policy(self.config, source)
+        if self._renderer is not None and self._renderer.renders_as(policy.renderer):
+            policy.renderer = self._renderer
+        self._renderer = policy.renderer
+        return policy
+
+
 def load_q_function(folder: str | Path, policy: Policy) -> QFunction:
     """A Q-function from its folder, beside a policy and on its frozen weights where it was fitted on them."""
     return QFunction.load(folder, device=str(policy.device), backbone=policy.model)

@@ -10,12 +10,16 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 Chat = Sequence[Mapping[str, str]]
 TokenIds = tuple[int, ...]
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 _PROBE = "PROBE"
 _MAX_REMEMBERED_CHARACTERS = 20_000_000
@@ -89,6 +93,21 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile("(" + ("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)") + ")")
 
 
+class _Memory(dict[_Key, _Value]):
+    """What has been found so far; all of it is forgotten when it would grow too large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._size = 0
+
+    def remember(self, key: _Key, value: _Value, *, size: int, most: int) -> None:
+        self._size += size
+        if self._size > most:
+            self.clear()
+            self._size = size
+        self[key] = value
+
+
 class Renderer:
     """Renders chats with a tokenizer's chat template, inside a model's context.
 
@@ -127,10 +146,8 @@ class Renderer:
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
-        self._pieces: dict[str, TokenIds] = {}
-        self._num_remembered_characters = 0
-        self._prompts: dict[tuple[tuple[str, str], ...], RenderedPrompt] = {}
-        self._num_remembered_tokens = 0
+        self._pieces: _Memory[str, TokenIds] = _Memory()
+        self._prompts: _Memory[tuple[tuple[str, str], ...], RenderedPrompt] = _Memory()
         special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(
             tokenizer.all_special_tokens
         )
@@ -156,11 +173,7 @@ class Renderer:
         rendered = self._prompts.get(key)
         if rendered is None:
             rendered = self._rendered(chat)
-            self._num_remembered_tokens += len(rendered.token_ids)
-            if self._num_remembered_tokens > _MAX_REMEMBERED_TOKENS:
-                self._prompts.clear()
-                self._num_remembered_tokens = len(rendered.token_ids)
-            self._prompts[key] = rendered
+            self._prompts.remember(key, rendered, size=len(rendered.token_ids), most=_MAX_REMEMBERED_TOKENS)
         return rendered
 
     def renders_as(self, other: "Renderer") -> bool:
@@ -230,12 +243,8 @@ class Renderer:
         """Tokens of a text. Remembered: a conversation's messages come again with each of its turns."""
         token_ids = self._pieces.get(text)
         if token_ids is None:
-            self._num_remembered_characters += len(text)
-            if self._num_remembered_characters > _MAX_REMEMBERED_CHARACTERS:
-                self._pieces.clear()
-                self._num_remembered_characters = len(text)
             token_ids = self._tokenized(text) if text else ()
-            self._pieces[text] = token_ids
+            self._pieces.remember(text, token_ids, size=len(text), most=_MAX_REMEMBERED_CHARACTERS)
         return token_ids
 
     def _tokenized(self, text: str) -> TokenIds:

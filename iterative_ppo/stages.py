@@ -14,10 +14,9 @@ from iterative_ppo.environments import ScriptedEnvironment, TextEnvironment
 from iterative_ppo.environments.rollout import RolloutStatistics, collect, collect_scripted
 from iterative_ppo.from_logs import improve_from_logs, start_policy
 from iterative_ppo.intervals import Interval, clustered_interval, mean_interval
-from iterative_ppo.loading import load_policy, load_q_function, require_equipment
+from iterative_ppo.loading import PolicyLoader, load_q_function, require_equipment
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_from_logs import fit_q_from_logs, reads_frozen_weights
-from iterative_ppo.rendering import Renderer
 from iterative_ppo.run_directory import RunDirectory, Stage, to_json, write_log
 from iterative_ppo.supervised import Progress
 
@@ -79,7 +78,7 @@ class Stages:
         self.config: Config = directory.config
         self.make_environment = make_environment
         self.progress = progress
-        self._renderer: Renderer | None = None
+        self._policies = PolicyLoader(self.config)
         require_equipment(self.config)  # what is not there is found before any work is done
 
     def start(self) -> Stage:
@@ -213,12 +212,7 @@ class Stages:
         return int(np.random.SeedSequence([self.config.seed, iteration, stage]).generate_state(1)[0])
 
     def _load(self, stage: Stage) -> Policy:
-        """A stage's policy. Those of a run speak one language, so that they share what is known of its prompts."""
-        policy = load_policy(self.config, stage.folder / "policy")
-        if self._renderer is not None and self._renderer.renders_as(policy.renderer):
-            policy.renderer = self._renderer
-        self._renderer = policy.renderer
-        return policy
+        return self._policies.load(stage.folder / "policy")
 
     def _collect(self, file: Path, policy: Stage, *, num_conversations: int, seed: int) -> dict[str, Any]:
         statistics = RolloutStatistics()

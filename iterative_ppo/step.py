@@ -16,7 +16,7 @@ from iterative_ppo.cross_validation import cross_validate, group_names
 from iterative_ppo.from_logs import improve_from_logs, start_policy
 from iterative_ppo.frozen_features import FeatureCache
 from iterative_ppo.intervals import clustered_interval
-from iterative_ppo.loading import load_policy, load_q_function, require_equipment
+from iterative_ppo.loading import PolicyLoader, load_q_function, require_equipment
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_from_logs import fit_q_from_logs
 from iterative_ppo.q_function import QFunction
@@ -62,6 +62,7 @@ class Step:
     ) -> None:
         self.directory = directory
         self.config = directory.config
+        self._policies = PolicyLoader(self.config)
         self.logs = logs
         self.progress = progress
         require_equipment(self.config)  # what is not there is found before any work is done
@@ -202,7 +203,7 @@ class Step:
         }
 
     def _load(self, stage: Stage) -> Policy:
-        return load_policy(self.config, stage.folder / "policy")
+        return self._policies.load(stage.folder / "policy")
 
     def _q_function(self, stage: Stage, policy: Policy) -> QFunction:
         return load_q_function(stage.folder / "q_function", policy)
