@@ -43,9 +43,9 @@ def load(folder: Path, **arguments: object) -> Policy:
     return Policy.load(folder, tiny.policy_config(lora_rank=4), **arguments)
 
 
-def improved(policy: Policy, *, num_updates: int = 4) -> Policy:
+def improved(policy: Policy, *, num_updates: int = 4, learning_rate: float = 1e-2) -> Policy:
     """Some updates towards the letter a."""
-    config = config_of("ppo", num_updates=num_updates, learning_rate=1e-2, kl_target=1e9)
+    config = config_of("ppo", num_updates=num_updates, learning_rate=learning_rate, kl_target=1e9)
     return improve(
         policy,
         PROMPTS * 4,
@@ -352,9 +352,9 @@ def test_in_bfloat16_a_step_still_raises_the_reward(base: Path):
     policy = load(base, dtype=torch.bfloat16)
     before, after = (
         float(says_a(PROMPTS, p.respond(PROMPTS * 20, np.random.default_rng(0).random((20 * len(PROMPTS), 8)))).mean())
-        for p in (policy, improved(policy, num_updates=20))
+        for p in (policy, improved(policy, num_updates=20, learning_rate=3e-3))
     )
-    assert after > before + 0.1
+    assert after > before + 0.2
 
 
 def test_the_configuration_decides_who_is_trained_through_an_adapter(base: Path, monkeypatch: pytest.MonkeyPatch):
