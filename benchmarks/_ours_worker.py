@@ -17,6 +17,7 @@ from _ppo_task import (
 
 from iterative_ppo.config import ImprovementConfig, PolicyConfig
 from iterative_ppo.improvement.native import improve
+from iterative_ppo.memory import keep_freed_memory
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_function import QFunction, TokenValue
 from iterative_ppo.q_reward import q_reward
@@ -29,6 +30,7 @@ def main() -> None:
     """Runs as many updates as ordered."""
     order = Order.from_command_line()
     one_thread()
+    keep_freed_memory()  # as `ippo` does
     stopwatch = Stopwatch()
     policy = Policy.load(order.folder / "policy", PolicyConfig(max_response_tokens=RESPONSE_TOKENS))
     never_end(policy.model, policy.tokenizer)

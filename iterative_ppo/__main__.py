@@ -13,6 +13,7 @@ from iterative_ppo import __version__
 from iterative_ppo.command_line import exchange, inspection, loop, single_stages
 from iterative_ppo.command_line.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_MISTAKE
 from iterative_ppo.command_line.torchrun import is_main, local_rank, num_processes
+from iterative_ppo.memory import keep_freed_memory
 
 _COMMANDS = (
     loop.iterate,
@@ -50,6 +51,7 @@ def main() -> None:
     """Runs the command line; a user's mistake is one line and exit code 2."""
     if num_processes() > 1:
         signal.signal(signal.SIGTERM, _end_with_the_others)
+    keep_freed_memory()
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:

@@ -1,12 +1,10 @@
 """Q as a service over HTTP: our own JSON, OpenRLHF's remote reward and vLLM's classification, one queue behind them."""
 
 import asyncio
-import ctypes
 import gc
 import ipaddress
 import math
 import os
-import platform
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -31,7 +29,6 @@ from iterative_ppo.q_scoring import Item, QScorer, Reading
 MAX_QUEUED_ITEMS = 8192
 _KEEP_ALIVE_SECONDS = 75
 _SMALL_BODY_BYTES = 64 * 1024
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _Parse = Callable[[bytes, QScorer], ItemsRequest]
 
 
@@ -229,7 +226,8 @@ def serve(folder: Path, load: Callable[[], QScorer], *, host: str, port: int, sa
         # uvicorn hands a signal on when it has shut down; by itself that would end the process with the signal's code.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-        _keep_memory()
+        gc.collect()
+        gc.freeze()  # what is loaded stays, and need not be looked through for garbage
         server.run(sockets=[bound])
     return service.num_answered
 
@@ -237,17 +235,6 @@ def serve(folder: Path, load: Callable[[], QScorer], *, host: str, port: int, sa
 def _num_workers(device: torch.device) -> int:
     """Two on a CPU with more than one thread: while one is in Python, or waits for its last core, the other computes."""
     return 2 if device.type == "cpu" and torch.get_num_threads() > 1 else 1
-
-
-def _keep_memory() -> None:
-    """Spares each batch what the process would else do again and again with memory: a quarter of the model's time."""
-    gc.collect()
-    gc.freeze()  # what is loaded stays, and need not be looked through for garbage
-    if platform.libc_ver()[0] == "glibc":
-        # What a batch frees is not given back, to be taken anew, page by page, for the next.
-        libc = ctypes.CDLL(None)
-        for option, num_bytes in ((_M_TRIM_THRESHOLD, 1 << 30), (_M_MMAP_THRESHOLD, 32 << 20)):
-            libc.mallopt(option, num_bytes)
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -17,6 +17,7 @@ LAYERS: list[dict[str, str]] = [
         "config": "",
         "entry_points": "",
         "extras": "",
+        "memory": "",
         "q_folder": "config",
         "conversations": "",
         "conversation_checks": "conversations",
