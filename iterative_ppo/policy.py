@@ -290,6 +290,7 @@ class Policy:
             responses,
             tokens_per_batch=tokens_per_batch,
             share=takes_trees(self.model),
+            ends=False,
             in_step=torch.is_grad_enabled() and sharding.is_sharded(self.model),
         ):
             mask_BT = batch.mask_RL

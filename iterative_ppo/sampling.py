@@ -180,17 +180,18 @@ class ConversationCache:
     def _append(self, fresh: Sequence[Sequence[int]], width: int) -> Tensor:
         """Runs the model over new tokens of every row (padded on the right). Returns the last slot's logits [B, V]."""
         start = self._mask_BS.shape[1]
+        length_B1 = np.array([[len(tokens)] for tokens in fresh])
+        seen_B1 = np.array([[len(tokens)] for tokens in self._token_ids])
+        column_T = np.arange(width)
         block = np.zeros((3, len(fresh), width), dtype=np.int64)
         token_BT, mask_BT, position_BT = block
+        mask_BT[:] = column_T < length_B1
+        position_BT[:] = seen_B1 + np.minimum(column_T, np.maximum(length_B1 - 1, 0))
+        token_BT[mask_BT > 0] = [token for tokens in fresh for token in tokens]
         for row, tokens in enumerate(fresh):
-            token_BT[row, : len(tokens)] = tokens
-            mask_BT[row, : len(tokens)] = 1
-            position_BT[row] = np.minimum(
-                len(self._token_ids[row]) + np.arange(width), self._last_position(row, tokens)
-            )
             self._token_ids[row].extend(tokens)
             self._slots[row].extend(range(start, start + len(tokens)))
-            self.num_encoded_tokens += len(tokens)
+        self.num_encoded_tokens += int(length_B1.sum())
         token, mask, position = torch.from_numpy(block).to(self.model.device)
         self._mask_BS = torch.cat([self._mask_BS, mask], dim=1)
         output = self.model(
@@ -202,9 +203,6 @@ class ConversationCache:
             logits_to_keep=1,
         )
         return output.logits[:, -1]
-
-    def _last_position(self, row: int, tokens: Sequence[int]) -> int:
-        return len(self._token_ids[row]) + max(len(tokens) - 1, 0)
 
     def _decode(self, last_tokens: Sequence[int], uniforms_BT: np.ndarray) -> SampledResponses:
         num_rows = len(last_tokens)

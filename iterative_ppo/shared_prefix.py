@@ -42,8 +42,8 @@ class TreeBatch:
     """Which tree a row is part of."""
     before_RL: Tensor
     """Column of the token before each response token: where the model predicts it."""
-    end_R: Tensor
-    """Column of the response's last token (the prompt's last, of an empty response)."""
+    end_R: Tensor | None
+    """Column of the response's last token (the prompt's last, of an empty response); None where it is left out."""
     response_RL: Tensor
     mask_RL: Tensor
 
@@ -53,6 +53,7 @@ class TreeBatch:
 
     def end(self, x_BT: Tensor) -> Tensor:
         """What stands at each response's last token [R], or [R, D] of x [B, T, D]."""
+        assert self.end_R is not None, "the responses' last tokens were left out"
         return _at(x_BT, self.tree_R * x_BT.shape[1] + self.end_R)
 
 
@@ -101,6 +102,7 @@ def tree_batches(
     *,
     tokens_per_batch: int,
     share: bool = True,
+    ends: bool = True,
     in_step: bool = False,
 ) -> Iterator[tuple[list[int], TreeBatch]]:
     """All rows as batches of trees, each with the rows that it holds, in the order of the batch's R.
@@ -110,15 +112,16 @@ def tree_batches(
     Args:
         tokens_per_batch: padded tokens of a batch, at most (a larger tree goes alone).
         share: whether rows may share a tree; see `takes_trees`.
+        ends: whether the responses' last tokens are computed. What stands before each token does not depend on them.
         in_step: whether every process gets as many batches as the one with the most; what it lacks has no rows of its
             own, and a tree to be computed all the same.
     """
     trees = _trees(prompts, responses) if share else [[row] for row in range(len(prompts))]
-    sizes = [len(prompts[tree[-1]]) + sum(len(responses[row]) for row in tree) for tree in trees]
+    sizes = [len(prompts[tree[-1]]) + sum(_computed(responses[row], ends) for row in tree) for tree in trees]
     for batch in own_micro_batches(sizes, tokens_per_batch=tokens_per_batch, in_step=in_step):
         chosen = [trees[tree] for tree in batch]
         computed = chosen or [trees[sizes.index(min(sizes))]]
-        yield [row for tree in chosen for row in tree], _tree_batch(computed, prompts, responses)
+        yield [row for tree in chosen for row in tree], _tree_batch(computed, prompts, responses, ends=ends)
 
 
 def run_trees(call: Callable[..., Tensor], batch: TreeBatch, *, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -154,11 +157,16 @@ def _trees(prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> list[l
     return trees
 
 
+def _computed(response: TokenIds, ends: bool) -> int:
+    """How many of a response's tokens are computed."""
+    return len(response) if ends else max(0, len(response) - 1)
+
+
 def _tree_batch(
-    trees: Sequence[Sequence[int]], prompts: Sequence[TokenIds], responses: Sequence[TokenIds]
+    trees: Sequence[Sequence[int]], prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, ends: bool
 ) -> TreeBatch:
     rows = [row for tree in trees for row in tree]
-    width = max(len(prompts[tree[-1]]) + sum(len(responses[row]) for row in tree) for tree in trees)
+    width = max(len(prompts[tree[-1]]) + sum(_computed(responses[row], ends) for row in tree) for tree in trees)
     response_width = max(len(responses[row]) for row in rows)
     token_BT, position_BT, visible_BT = (np.zeros((len(trees), width), dtype=np.int64) for _ in range(3))
     branch_BT = np.full((len(trees), width), -1, dtype=np.int64)  # of padding
@@ -174,10 +182,10 @@ def _tree_batch(
         visible_BT[b, :column] = np.arange(1, column + 1)
         branch_BT[b, :column] = 0
         for branch, row in enumerate(tree, start=1):
-            start, length = len(prompts[row]), len(responses[row])
-            own = slice(column, column + length)
-            token_BT[b, own] = responses[row]
-            position_BT[b, own] = np.arange(start, start + length)
+            start, length, num_computed = len(prompts[row]), len(responses[row]), _computed(responses[row], ends)
+            own = slice(column, column + num_computed)
+            token_BT[b, own] = responses[row][:num_computed]
+            position_BT[b, own] = np.arange(start, start + num_computed)
             visible_BT[b, own] = start
             branch_BT[b, own] = branch
             tree_R[r] = b
@@ -186,7 +194,7 @@ def _tree_batch(
             before_RL[r, :1] = start - 1
             response_RL[r, :length] = responses[row]
             mask_RL[r, :length] = True
-            column += length
+            column += num_computed
             r += 1
     is_chain = all(len(tree) == 1 for tree in trees)
     return TreeBatch(
@@ -195,7 +203,7 @@ def _tree_batch(
         attention_BTT=None if is_chain else _attention(torch.from_numpy(branch_BT), torch.from_numpy(visible_BT)),
         tree_R=torch.from_numpy(tree_R),
         before_RL=torch.from_numpy(before_RL),
-        end_R=torch.from_numpy(end_R),
+        end_R=torch.from_numpy(end_R) if ends else None,
         response_RL=torch.from_numpy(response_RL),
         mask_RL=torch.from_numpy(mask_RL),
     )

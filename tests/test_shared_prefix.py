@@ -76,6 +76,17 @@ def test_a_tree_drawn_as_rows():
     assert batch.response_RL.tolist() == [[9, 2], [3, 2]]
 
 
+def test_the_last_tokens_of_responses_can_be_left_out():
+    """The same tree without them; each response token is still predicted at the one before."""
+    [(_, batch)] = tree_batches([(5, 6, 7, 8), (5, 6)], [(3, 2), (9, 2)], tokens_per_batch=100, ends=False)
+    assert batch.token_BT.tolist() == [[5, 6, 7, 8, 9, 3]]
+    assert batch.position_BT.tolist() == [[0, 1, 2, 3, 2, 4]]
+    assert batch.before_RL.tolist() == [[1, 4], [3, 5]]
+    assert batch.response_RL.tolist() == [[9, 2], [3, 2]]
+    with pytest.raises(AssertionError, match="left out"):
+        batch.end(batch.token_BT)
+
+
 def test_rows_without_a_shared_prefix_need_no_mask_of_their_own():
     [(_, batch)] = tree_batches([(5, 6), (7,)], [(9, 2), (3,)], tokens_per_batch=100)
     assert batch.attention_BTT is None
@@ -109,27 +120,34 @@ token = st.integers(0, 2)
 row = st.tuples(st.lists(token, min_size=1, max_size=6), st.lists(token, max_size=4))
 
 
-@given(rows=st.lists(row, min_size=1, max_size=12), tokens_per_batch=st.integers(1, 60), share=st.booleans())
+@given(
+    rows=st.lists(row, min_size=1, max_size=12),
+    tokens_per_batch=st.integers(1, 60),
+    share=st.booleans(),
+    ends=st.booleans(),
+)
 def test_every_row_is_read_once_and_sees_its_own_prefix_alone(
-    rows: list[tuple[list[int], list[int]]], tokens_per_batch: int, share: bool
+    rows: list[tuple[list[int], list[int]]], tokens_per_batch: int, share: bool, ends: bool
 ):
-    """Following the mask from each response token gives the row's own tokens, in order of their positions."""
+    """Following the mask from each token that is read gives the row's own tokens up to there, in order of their positions."""
     prompts, responses = [tuple(p) for p, _ in rows], [tuple(r) for _, r in rows]
     seen: list[int] = []
-    for places, batch in tree_batches(prompts, responses, tokens_per_batch=tokens_per_batch, share=share):
+    for places, batch in tree_batches(prompts, responses, tokens_per_batch=tokens_per_batch, share=share, ends=ends):
         seen += places
+        assert (batch.end_R is not None) == ends
         width = batch.token_BT.shape[1]
         causal = torch.ones(width, width, dtype=torch.bool).tril()
         attention = causal.expand(len(batch.token_BT), -1, -1) if batch.attention_BTT is None else batch.attention_BTT
         for r, place in enumerate(places):
-            own = prompts[place] + responses[place]
-            tree, end = int(batch.tree_R[r]), int(batch.end_R[r])
-            visible = attention[tree, end].nonzero().squeeze(1)
-            by_position = visible[batch.position_BT[tree, visible].argsort()]
-            assert tuple(batch.token_BT[tree, by_position].tolist()) == own
-            assert batch.position_BT[tree, by_position].tolist() == list(range(len(own)))
-            before = batch.before_RL[r, : len(responses[place])]
-            assert batch.position_BT[tree, before].tolist() == list(range(len(prompts[place]) - 1, len(own) - 1))
+            own, tree = prompts[place] + responses[place], int(batch.tree_R[r])
+            read = batch.before_RL[r, : len(responses[place])].tolist()
+            if batch.end_R is not None:
+                read.append(int(batch.end_R[r]))
+            for num_seen, column in enumerate(read, start=len(prompts[place])):
+                visible = attention[tree, column].nonzero().squeeze(1)
+                by_position = visible[batch.position_BT[tree, visible].argsort()]
+                assert tuple(batch.token_BT[tree, by_position].tolist()) == own[:num_seen]
+                assert batch.position_BT[tree, by_position].tolist() == list(range(num_seen))
             assert batch.mask_RL[r].sum() == len(responses[place])
     assert sorted(seen) == list(range(len(rows)))
 

@@ -168,7 +168,7 @@ class _Learner:
         self.kl_coefficient = config.kl_coefficient
         self.tokens_per_batch = tokens_per_batch
         self.policy_parameters = [p for p in policy.model.parameters() if p.requires_grad]
-        self.policy_optimizer = torch.optim.AdamW(self.policy_parameters, lr=config.learning_rate, weight_decay=0.0)
+        self.policy_optimizer = _adamw(self.policy_parameters, config.learning_rate)
         self.token_value: nn.Module | None = None
         self.value_parameters: list[nn.Parameter] = []
         if config.algorithm == "ppo":
@@ -176,11 +176,7 @@ class _Learner:
             self.token_value = copy_sharing_frozen(token_value)
             self.value_parameters = [p for p in self.token_value.parameters() if p.requires_grad]
             if self.value_parameters:
-                self.value_optimizer = torch.optim.AdamW(
-                    [{"params": group} for group in by_kind(self.value_parameters)],
-                    lr=config.token_value_learning_rate,
-                    weight_decay=0.0,
-                )
+                self.value_optimizer = _adamw(self.value_parameters, config.token_value_learning_rate)
         self.trains_value = bool(self.value_parameters) and config.token_value_learning_rate > 0
 
     def update(self, rollout: Rollout, update: int, generator: np.random.Generator) -> UpdateMetrics:
@@ -291,6 +287,7 @@ class _Learner:
             responses,
             tokens_per_batch=self.tokens_per_batch,
             share=takes_trees(self.token_value),
+            ends=False,
             in_step=torch.is_grad_enabled() and has_shards(self.value_parameters),
         ):
             value_BT = batch.before(self.token_value(batch))
@@ -337,6 +334,11 @@ class _Learner:
         clip_gradients(self.value_parameters, 1.0)
         self.value_optimizer.step()
         self.value_optimizer.zero_grad(set_to_none=True)
+
+
+def _adamw(parameters: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
+    groups = [{"params": group} for group in by_kind(parameters)]
+    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.0, fused=True)
 
 
 def _have_graphs(values: Sequence[tuple[list[int], Tensor]]) -> bool:
