@@ -132,7 +132,7 @@ class QFunctionConfig(_Section):
     loss: Literal["binary_cross_entropy", "squared_error", "hl_gauss"] = "binary_cross_entropy"
     """Regression loss. `binary_cross_entropy` goes with the logistic link, the other two with either."""
     next_message_weight: NonNegative = 1.0
-    """Weight of a second task of the fit: to predict, from the end of a response, the words of the customer's next message. That answer is what tells good responses from bad ones long before the outcome; 0 turns it off."""
+    """Weight of a second task of the fit: to predict, from the end of a response, the words of the customer's next message, and, three tenths as much, those of the response and of what was heard before it. That answer is what tells good responses from bad ones long before the outcome; 0 turns it off."""
     num_heads: Count = 5
     """Ensemble members: linear heads on one trunk, each fitted to its own bootstrap of the conversations."""
     pessimism: NonNegative = 1.0

@@ -1,6 +1,6 @@
 """Fitting Q by regression on returns, and saying honestly how well: held out, by conversation, against baselines."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,8 @@ _NUM_BINS = 51
 _HISTOGRAM_RIDGE = 1e-3
 _RETURN_RIDGE = 1e-6
 _SMALLEST_SCALE = 1e-6
+_RECALL_WEIGHT = 0.3
+_LEAST_COUNT = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,7 @@ def fit_q_function(
     At each decision point the end of the response weighs 1, the state before it weighs 1, and the tokens in between
     weigh 1 together, so that Q is also a token-level value. Ensemble member m sees each
     conversation with a weight drawn from Poisson(1) (the bootstrap); a single member sees all with weight 1.
-    The words of the customer's next message, predicted from the end of the response, weigh `next_message_weight`.
+    The words of the conversation, predicted from the end of each response, weigh `next_message_weight`; see `WordTasks`.
 
     Args:
         held_out: the sequences that decide when to stop, always by their returns as given.
@@ -163,9 +165,9 @@ class Regression(nn.Module):
             q_function.heads.div_(self.scale)
         self.histogram = _HistogramHeads(q_function, returns) if config.loss == "hl_gauss" else None
         self.element_loss = _element_loss(q_function, self.histogram, config, self.scale)
-        self.next_message_weight = config.next_message_weight
+        self.word_weight = config.next_message_weight
         train = [sequence for sequence, out in zip(sequences, held_out, strict=True) if not out]
-        self.next_message = NextMessage(q_function, train) if self.next_message_weight > 0 else None
+        self.words = WordTasks(q_function, train) if self.word_weight > 0 else None
         self.weight_of = bootstrap_weights(sequences, num_heads=q_function.heads.shape[0], generator=generator)
 
     @torch.no_grad()
@@ -198,18 +200,25 @@ class Regression(nn.Module):
             head_weight_NM = torch.ones_like(loss_NM)
         weight_NM = head_weight_NM * weight_BT[read][:, None]
         loss = (loss_NM * weight_NM).sum()
-        if self.training and self.next_message is not None:
-            loss = loss + self.next_message_weight * loss_NM.shape[1] * self.next_message(hidden_BTD, chosen)
+        if self.training and self.words is not None:
+            loss = loss + self.word_weight * loss_NM.shape[1] * self.words(hidden_BTD, chosen)
         return loss, weight_NM.sum()
 
 
-class NextMessage(nn.Module):
-    """Predicts, from the end of a response, the words of the customer's next message.
+class WordTasks(nn.Module):
+    """Predicts, from the end of a response, words of the conversation: those that answer it and those said so far.
 
     An outcome is one bit at the end of a conversation; the answer to a response is many, and says at once whether it
     was understood, liked or beside the point. To predict it the trunk must represent what Q needs to tell responses to
-    one prompt apart. The words are a bag: −Σ_w share(w) log softmax(E P h + b)_w with the trunk's own embeddings E,
-    held fixed, a projection P from the identity and a bias b from the words' frequencies.
+    one prompt apart. Often that is a comparison, of the shoe asked for and the one recommended, say. Neither word by
+    itself tells anything, so that a trunk which holds neither has no gradient to either: it is asked for both, too.
+
+    Three bags of words, each −Σ_w share(w) log softmax(E P h + b)_w with the trunk's own embeddings E, held fixed, a
+    projection P from the identity and a bias b from the words' frequencies: the answer's, all its words alike, and, with
+    weight `_RECALL_WEIGHT`, the response's own and those that others have said before it, the rarer the more.
+
+    Args:
+        sequences: those trained on; frequencies are theirs.
     """
 
     def __init__(self, q_function: QFunction, sequences: Sequence[LabelledSequence]) -> None:
@@ -217,32 +226,61 @@ class NextMessage(nn.Module):
         embedding = q_function.model.get_input_embeddings()
         num_tokens, size = embedding.weight.shape
         self._embedding = [embedding]  # in a list: it is the trunk's, not this module's
-        self.projection = nn.Linear(size, size, bias=False)
-        words = [token for sequence in sequences for message in sequence.next_messages for token in message]
-        count_V = 1.0 + np.bincount(words, minlength=num_tokens)
-        with torch.no_grad():
-            self.projection.weight.copy_(torch.eye(size))
-        self.bias = nn.Parameter(torch.from_numpy(np.log(count_V / count_V.sum())).float())
+        answers = [token for sequence in sequences for message in sequence.next_messages for token in message]
+        num_uses_V, num_sequences_V = np.ones(num_tokens), np.ones(num_tokens)
+        for sequence in sequences:
+            tokens, counts = np.unique(sequence.token_ids, return_counts=True)
+            num_uses_V[tokens] += counts
+            num_sequences_V[tokens] += 1
+        self._rarity_V = np.log(np.maximum(len(sequences) / num_sequences_V, 1.0))
+        recalled_V = num_uses_V * self._rarity_V + _LEAST_COUNT
+        count_3V = np.stack([1.0 + np.bincount(answers, minlength=num_tokens), recalled_V, recalled_V])
+        self.projection_3DD = nn.Parameter(torch.eye(size).repeat(3, 1, 1))
+        self.bias_3V = nn.Parameter(torch.from_numpy(np.log(count_3V / count_3V.sum(1, keepdims=True))).float())
         self.to(q_function.device)
 
     def forward(self, hidden_BTD: Tensor, sequences: Sequence[LabelledSequence]) -> Tensor:
         """Sum of the cross-entropies over all answered responses."""
-        answered = [
-            (b, end - 1, message)
-            for b, sequence in enumerate(sequences)
-            for (_, end), message in zip(sequence.spans, sequence.next_messages, strict=False)
-            if message
-        ]
-        if not answered:
+        places: list[tuple[int, int]] = []
+        bags: list[tuple[int, int, np.ndarray, np.ndarray]] = []  # place, which of the three, words and their shares
+        for row, sequence in enumerate(sequences):
+            for end, three in self._bags(sequence):
+                for kind, (word_W, weight_W) in enumerate(three):
+                    total = weight_W.sum()
+                    if total > 0:
+                        bags.append((len(places), kind, word_W, weight_W / total))
+                places.append((row, end - 1))
+        if not places:
             return hidden_BTD.new_zeros(())
-        row_N, column_N = (torch.tensor([place[i] for place in answered], device=hidden_BTD.device) for i in (0, 1))
-        logits_NV = self.projection(hidden_BTD[row_N, column_N]) @ self._embedding[0].weight.detach().T + self.bias
-        logprob_NV = logits_NV.log_softmax(-1)
-        lengths = [len(message) for _, _, message in answered]
-        response_W = torch.repeat_interleave(torch.tensor(lengths, device=hidden_BTD.device))
-        word_W = torch.tensor([token for _, _, message in answered for token in message], device=hidden_BTD.device)
-        share_W = 1.0 / torch.tensor(lengths, device=hidden_BTD.device)[response_W]
-        return -(logprob_NV[response_W, word_W] * share_W).sum()
+        row_N, column_N = torch.tensor(places, device=hidden_BTD.device).T
+        projected_N3D = torch.einsum("nd,kcd->nkc", hidden_BTD[row_N, column_N], self.projection_3DD)
+        logprob_N3V = (projected_N3D @ self._embedding[0].weight.detach().T + self.bias_3V).log_softmax(-1)
+        share_N3V = np.zeros(logprob_N3V.shape, dtype=np.float32)
+        for place, kind, word_W, share_W in bags:
+            np.add.at(share_N3V[place, kind], word_W, share_W)
+        share_N3V[:, 1:] *= _RECALL_WEIGHT
+        return -(logprob_N3V * torch.from_numpy(share_N3V).to(logprob_N3V.device)).sum()
+
+    def _bags(self, sequence: LabelledSequence) -> Iterator[tuple[int, list[tuple[np.ndarray, np.ndarray]]]]:
+        """Of each answered response its end and its three bags: words and weights."""
+        token_T = np.asarray(sequence.token_ids)
+        rarity_T = self._rarity_V[token_T]
+        is_heard_T = np.ones(len(token_T), dtype=bool)
+        for start, end in sequence.spans:
+            is_heard_T[start:end] = False
+        heard_W, heard_rarity_W = token_T[is_heard_T], rarity_T[is_heard_T]
+        num_heard_T = np.cumsum(is_heard_T)
+        for (start, end), answer in zip(sequence.spans, sequence.next_messages, strict=False):
+            if answer:
+                num_heard = num_heard_T[start - 1]
+                yield (
+                    end,
+                    [
+                        (np.asarray(answer), np.ones(len(answer))),
+                        (token_T[start:end], rarity_T[start:end]),
+                        (heard_W[:num_heard], heard_rarity_W[:num_heard]),
+                    ],
+                )
 
 
 def require_returns_for(link: Link, returns: np.ndarray) -> None:

@@ -36,6 +36,11 @@ class FitHistory:
     best_pass: int
 
 
+_MUON_SHARE = 0.35
+"""Of the learning rate, for the matrices that Muon fits: at the full rate two words are hardly ever compared
+(docs/log.md)."""
+
+
 def fit_passes(
     model: nn.Module,
     loss_sum_and_weight: Callable[[list[int]], tuple[Tensor, Tensor]],
@@ -172,7 +177,7 @@ class _ScheduledOptimizer:
             )
         ]
         if matrices:
-            self.optimizers.append(Muon(matrices, lr=learning_rate, weight_decay=0.01))
+            self.optimizers.append(Muon(matrices, lr=_MUON_SHARE * learning_rate, weight_decay=0.01))
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, share_of_peak) for o in self.optimizers]
 
     def step(self) -> None:

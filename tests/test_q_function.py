@@ -20,7 +20,7 @@ from iterative_ppo.config import QFunctionConfig
 from iterative_ppo.conversations import Conversation, Message, chat_messages, split_by_group
 from iterative_ppo.intervals import clustered_interval, mean_interval
 from iterative_ppo.policy import Policy
-from iterative_ppo.q_fit import LabelledSequence, NextMessage, Predictions, fit_q_function, predict, predict_after_share
+from iterative_ppo.q_fit import LabelledSequence, Predictions, WordTasks, fit_q_function, predict, predict_after_share
 from iterative_ppo.q_function import Link, QFunction, QFunctionCard, TokenValue, load_card
 from iterative_ppo.q_report import (
     assess,
@@ -818,27 +818,57 @@ def test_the_next_message_is_learnt_from_the_end_of_the_response_and_shapes_the_
     assert with_task > without + 0.05
 
 
-def test_the_loss_of_the_next_message_by_hand(folders: dict[str, Path]):
-    """A bag of words: the mean over the answer's tokens of −log softmax(E P h + b), P the identity at the start."""
+def test_the_loss_of_the_words_by_hand(folders: dict[str, Path]):
+    """Bags of words: Σ_w share(w) · −log softmax(E P h + b)_w, P the identity at the start. All words of an answer have the
+    same share; those of the response and those heard before it have shares by their rarity among the conversations."""
     q_function = new_q_function(folders["llama"])
     sequences = [
-        dataclasses.replace(s, next_messages=((tiny.F, tiny.G), ()))
-        for s in make_logs(2, by_response, seed=12).sequences
-    ]
-    task = NextMessage(q_function, sequences)
-    hidden_BTD = q_function.hidden(pad_right([s.token_ids for s in sequences])[0])
-    expected = 0.0
-    count_V = 1 + np.bincount([tiny.F, tiny.G] * 2, minlength=12)
-    embedding_VD = q_function.model.get_input_embeddings().weight
-    for b, sequence in enumerate(sequences):
-        logits_V = embedding_VD @ hidden_BTD[b, sequence.spans[0][1] - 1] + torch.tensor(
-            np.log(count_V / count_V.sum())
+        dataclasses.replace(
+            sequence, token_ids=token_ids, spans=spans, turns=turns, returns=returns, next_messages=answers
         )
-        logprob_V = logits_V.log_softmax(-1)
-        expected -= float(logprob_V[tiny.F].detach() + logprob_V[tiny.G].detach()) / 2
+        for sequence, token_ids, spans, turns, returns, answers in zip(
+            make_logs(2, by_response, seed=12).sequences,
+            ((tiny.A, tiny.C, tiny.END, tiny.A, tiny.D, tiny.C, tiny.END), (tiny.A, tiny.B, tiny.END)),
+            (((1, 3), (5, 7)), ((1, 3),)),
+            ((0, 1), (0,)),
+            ((1.0, 1.0), (0.0,)),
+            (((tiny.F, tiny.G), (tiny.F,)), ((),)),
+            strict=True,
+        )
+    ]
+    task = WordTasks(q_function, sequences)
+    hidden_BTD = q_function.hidden(pad_right([s.token_ids for s in sequences])[0])
+    embedding_VD = q_function.model.get_input_embeddings().weight
+    num_tokens = len(embedding_VD)
+
+    def cross_entropy(row: int, column: int, count_V: np.ndarray, shares: dict[int, float]) -> float:
+        logits_V = embedding_VD @ hidden_BTD[row, column] + torch.tensor(np.log(count_V / count_V.sum()))
+        return -sum(share * float(logits_V.log_softmax(-1)[word].detach()) for word, share in shares.items())
+
+    answers_V = 1 + np.bincount([tiny.F, tiny.G, tiny.F], minlength=num_tokens)
+    expected = cross_entropy(0, 2, answers_V, {tiny.F: 0.5, tiny.G: 0.5}) + cross_entropy(
+        0, 6, answers_V, {tiny.F: 1.0}
+    )
+    # One more conversation counted with each: A and the end token are in 3 of 2, B, C and D in 2 of 2, so none is rare.
     assert float(task(hidden_BTD, sequences).detach()) == pytest.approx(expected, rel=1e-5)
-    nothing = [dataclasses.replace(s, next_messages=()) for s in sequences]
-    assert float(task(hidden_BTD, nothing)) == 0
+
+    others = [dataclasses.replace(sequences[1], token_ids=(tiny.A, tiny.E, tiny.END))] * 2
+    task = WordTasks(q_function, [*sequences, *others])
+    rarity_V = np.zeros(num_tokens)
+    rarity_V[[tiny.B, tiny.C, tiny.D]] = np.log(4 / 2)
+    rarity_V[tiny.E] = np.log(4 / 3)
+    count_V = np.ones(num_tokens)
+    count_V[[tiny.A, tiny.END, tiny.C, tiny.D, tiny.B, tiny.E]] += [5, 5, 2, 1, 1, 2]
+    rarity_V[[word for word in range(num_tokens) if count_V[word] == 1]] = np.log(4)  # never said
+    words_V = count_V * rarity_V + 1e-3
+    recalled = [
+        cross_entropy(0, 2, words_V, {tiny.C: 1.0}),  # the first response; all that was heard before it is common
+        cross_entropy(0, 6, words_V, {tiny.C: 1.0}),  # the second
+        cross_entropy(0, 6, words_V, {tiny.D: 1.0}),  # heard before it: what the first response said was not heard
+    ]
+    assert float(task(hidden_BTD, sequences).detach()) == pytest.approx(expected + 0.3 * sum(recalled), rel=1e-5)
+    unanswered = [dataclasses.replace(s, next_messages=()) for s in sequences]
+    assert float(task(hidden_BTD, unanswered)) == 0
 
 
 def test_the_answers_of_a_log_are_those_that_follow_the_responses():

@@ -468,7 +468,7 @@ def test_scripted_seller_is_mediocre():
             over = terminated or truncated
         outcomes.append(reward)
         turns.append((len(messages) - 2) // 2)
-    assert 0.31 <= np.mean(outcomes) <= 0.38
+    assert 0.27 <= np.mean(outcomes) <= 0.33
     assert 4 <= np.mean(turns) <= 8
 
 
@@ -495,9 +495,9 @@ def test_scripted_seller_hears_who_asked_for_a_deal_and_closes_once_a_discount_d
         {"role": "assistant", "content": say(Meaning(Act.OFFER_DISCOUNT), np.random.default_rng(0))},
         {"role": "user", "content": reply_text(Reply(Says.DELIGHTED), np.random.default_rng(0))},
     ]
-    assert shares(Says.OPENS_WITH_NEED) == pytest.approx((0.20, 0.55), abs=0.05)
+    assert shares(Says.OPENS_WITH_NEED) == pytest.approx((0.20, 0.59), abs=0.05)
     assert shares(Says.OPENS_WITH_NEED_FOR_DEAL) == pytest.approx((0.40, 0.35), abs=0.05)
-    assert shares(Says.OPENS_WITH_NEED_FOR_DEAL, *delighted) == pytest.approx((0.10, 0.55), abs=0.05)
+    assert shares(Says.OPENS_WITH_NEED_FOR_DEAL, *delighted) == pytest.approx((0.09, 0.60), abs=0.05)
 
 
 def test_scripted_seller_copies_the_need_and_reads_the_customer_only():
@@ -512,7 +512,8 @@ def test_scripted_seller_copies_the_need_and_reads_the_customer_only():
     texts = [environment.scripted_response(chat, np.random.default_rng(seed)) for seed in range(400)]
     assert texts == [environment.scripted_response(other, np.random.default_rng(seed)) for seed in range(400)]
     recommended = [read_seller(text) for text in texts if read_seller(text).act == Act.RECOMMEND]
-    assert 200 < len(recommended) < 320
-    assert np.mean([meaning.need == "court" for meaning in recommended]) > 0.85
-    assert 0.75 < np.mean([meaning.tier == "basic" for meaning in recommended]) < 0.98
+    assert 260 < len(recommended) < 340
+    # Often enough wrong, and often enough right, for the difference to be seen in the outcomes.
+    assert np.mean([meaning.need == "court" for meaning in recommended]) == pytest.approx(0.76, abs=0.07)
+    assert np.mean([meaning.tier == "basic" for meaning in recommended]) == pytest.approx(0.83, abs=0.07)
     assert {meaning.tier for meaning in recommended} == set(TIERS)
