@@ -6,8 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
+
+from iterative_ppo.environments.rollout import collect_scripted
+from iterative_ppo.environments.storefront import Storefront
+from iterative_ppo.run_directory import write_log
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -41,6 +46,19 @@ def test_q_served_under_load():
     assert [row["way"] for row in result["rows"]] == ["ids", "get_reward"]
     assert result["ratio"] == result["rows"][-1]["ratio"] > 0
     assert result["clients"] == 8
+
+
+@pytest.mark.slow
+def test_what_is_given_away_in_a_log_is_what_lacks_to_the_optimum(tmp_path: Path):
+    """The performance difference lemma: the sum of regrets is, on average, the optimum less the seller's own rate."""
+    conversations = list(collect_scripted(Storefront, num_conversations=3000, seed=0, max_turns=10))
+    write_log(tmp_path / "log.jsonl", conversations)
+    [row] = last_line("storefront_regret", str(tmp_path / "log.jsonl"), "--lines", "100000")["rows"]
+    rate = np.mean([conversation.outcome for conversation in conversations])
+    assert row["conversations"] == 3000
+    assert row["regret"] == pytest.approx(Storefront().optimum() - rate, abs=0.03)
+    assert sum(part["regret"] for part in row["parts"]) == pytest.approx(row["regret"])
+    assert min(part["regret"] for part in row["parts"]) > -1e-12, "nothing is better than the best"
 
 
 @pytest.mark.slow
