@@ -106,7 +106,7 @@ class PolicyConfig(_Section):
     clone_passes: Annotated[int, _Range(0)] = 3
     """Most passes over the logs when the start policy is cloned; stops earlier when the held-out loss rises."""
     clone_learning_rate: Positive = 2e-3
-    """Peak learning rate of cloning (AdamW, cosine; Muon for the matrices of a model made from scratch)."""
+    """Peak learning rate of cloning (AdamW, cosine; Muon, at a third of it, for the matrices of a model made from scratch)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
