@@ -20,7 +20,7 @@ _HISTOGRAM_RIDGE = 1e-3
 _RETURN_RIDGE = 1e-6
 _SMALLEST_SCALE = 1e-6
 _RECALL_WEIGHT = 0.3
-_LEAST_COUNT = 1e-3
+_LEAST_COUNT = 1e-3  # of a word that every conversation holds: it is not recalled, and its frequency has a logarithm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
