@@ -131,11 +131,12 @@ def _whole_copy(model: _Model, *, keep: bool) -> _Model:
     return made
 
 
-def by_kind(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The parameters in groups that an optimizer can step through together: those that are sharded, and the others."""
+def adamw(parameters: Sequence[nn.Parameter], *, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with its fused step, which takes sharded parameters and others in groups of their own."""
     sharded: list[nn.Parameter] = [p for p in parameters if isinstance(p, DTensor)]
     others = [p for p in parameters if not isinstance(p, DTensor)]
-    return [group for group in (others, sharded) if group]
+    groups = [{"params": group} for group in (others, sharded) if group]
+    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay, fused=True)
 
 
 @torch.no_grad()

@@ -12,7 +12,12 @@ from transformers import PreTrainedModel
 from iterative_ppo import distributed
 from iterative_ppo.batching import own_micro_batches
 from iterative_ppo.muon import Muon
-from iterative_ppo.sharding import by_kind, clip_gradients, gathered, has_shards
+from iterative_ppo.sharding import adamw, clip_gradients, gathered, has_shards
+
+_WEIGHT_DECAY = 0.01
+_MUON_SHARE = 0.35
+"""Of the learning rate, for the matrices that Muon fits: at the full rate two words are hardly ever compared
+(docs/log.md)."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, how much of it is done, and out of how much."""
@@ -34,11 +39,6 @@ class FitHistory:
     held_out_losses: tuple[float, ...]
     """One more than passes: the first is before any training."""
     best_pass: int
-
-
-_MUON_SHARE = 0.35
-"""Of the learning rate, for the matrices that Muon fits: at the full rate two words are hardly ever compared
-(docs/log.md)."""
 
 
 def fit_passes(
@@ -172,12 +172,10 @@ class _ScheduledOptimizer:
         others = [p for p in parameters if id(p) not in by_muon]
         self.parameters = parameters
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                [{"params": group} for group in by_kind(others)], lr=learning_rate, weight_decay=0.01, fused=True
-            )
+            adamw(others, learning_rate=learning_rate, weight_decay=_WEIGHT_DECAY)
         ]
         if matrices:
-            self.optimizers.append(Muon(matrices, lr=_MUON_SHARE * learning_rate, weight_decay=0.01))
+            self.optimizers.append(Muon(matrices, lr=_MUON_SHARE * learning_rate, weight_decay=_WEIGHT_DECAY))
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, share_of_peak) for o in self.optimizers]
 
     def step(self) -> None:

@@ -30,7 +30,7 @@ from iterative_ppo.improvement.responses import (
 )
 from iterative_ppo.policy import Policy
 from iterative_ppo.rendering import TokenIds
-from iterative_ppo.sharding import by_kind, clip_gradients, gathered, has_shards
+from iterative_ppo.sharding import adamw, clip_gradients, gathered, has_shards
 from iterative_ppo.shared_prefix import families, takes_trees, tree_batches
 from iterative_ppo.supervised import Progress, no_progress, restore_weights, trained_weights
 
@@ -168,7 +168,7 @@ class _Learner:
         self.kl_coefficient = config.kl_coefficient
         self.tokens_per_batch = tokens_per_batch
         self.policy_parameters = [p for p in policy.model.parameters() if p.requires_grad]
-        self.policy_optimizer = _adamw(self.policy_parameters, config.learning_rate)
+        self.policy_optimizer = adamw(self.policy_parameters, learning_rate=config.learning_rate, weight_decay=0.0)
         self.token_value: nn.Module | None = None
         self.value_parameters: list[nn.Parameter] = []
         if config.algorithm == "ppo":
@@ -176,7 +176,9 @@ class _Learner:
             self.token_value = copy_sharing_frozen(token_value)
             self.value_parameters = [p for p in self.token_value.parameters() if p.requires_grad]
             if self.value_parameters:
-                self.value_optimizer = _adamw(self.value_parameters, config.token_value_learning_rate)
+                self.value_optimizer = adamw(
+                    self.value_parameters, learning_rate=config.token_value_learning_rate, weight_decay=0.0
+                )
         self.trains_value = bool(self.value_parameters) and config.token_value_learning_rate > 0
 
     def update(self, rollout: Rollout, update: int, generator: np.random.Generator) -> UpdateMetrics:
@@ -334,11 +336,6 @@ class _Learner:
         clip_gradients(self.value_parameters, 1.0)
         self.value_optimizer.step()
         self.value_optimizer.zero_grad(set_to_none=True)
-
-
-def _adamw(parameters: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
-    groups = [{"params": group} for group in by_kind(parameters)]
-    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.0, fused=True)
 
 
 def _have_graphs(values: Sequence[tuple[list[int], Tensor]]) -> bool:
