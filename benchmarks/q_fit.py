@@ -31,9 +31,10 @@ from torch import Tensor, nn
 from iterative_ppo.batching import pad_right
 from iterative_ppo.config import PolicyConfig, QFunctionConfig
 from iterative_ppo.conversations import Conversation, Message
+from iterative_ppo.labelled_sequence import LabelledSequence
 from iterative_ppo.losses import binary_cross_entropy
 from iterative_ppo.policy import Policy
-from iterative_ppo.q_fit import LabelledSequence, Regression, predict
+from iterative_ppo.q_fit import Regression, predict
 from iterative_ppo.q_from_logs import labelled
 from iterative_ppo.q_function import QFunction
 from iterative_ppo.rendering import TokenIds

@@ -11,9 +11,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from iterative_ppo.config import Config
+from iterative_ppo.labelled_sequence import LabelledSequence
 from iterative_ppo.losses import token_logprobs
 from iterative_ppo.policy import Policy, response_targets
-from iterative_ppo.q_fit import LabelledSequence, Regression
+from iterative_ppo.q_fit import Regression
 from iterative_ppo.q_function import QFunction
 from iterative_ppo.supervised import FitHistory, Progress, fit_passes, hidden_matrices
 

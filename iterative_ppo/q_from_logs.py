@@ -12,9 +12,10 @@ from iterative_ppo.config import Config, QFunctionConfig
 from iterative_ppo.conversation_features import ResponseMarks
 from iterative_ppo.conversations import Conversation, split_by_group
 from iterative_ppo.frozen_features import FeatureCache
+from iterative_ppo.labelled_sequence import LabelledSequence
 from iterative_ppo.loading import load_q_function
 from iterative_ppo.policy import Policy
-from iterative_ppo.q_fit import LabelledSequence, Predictions, fit_q_function, predict
+from iterative_ppo.q_fit import Predictions, fit_q_function, predict
 from iterative_ppo.q_function import QFunction, QFunctionCard
 from iterative_ppo.q_report import QReport, assess
 from iterative_ppo.read_out import ReadOutHistory, fit_read_out, read_positions, refit_read_out

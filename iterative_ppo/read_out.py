@@ -18,14 +18,8 @@ from iterative_ppo import distributed
 from iterative_ppo.config import QFunctionConfig
 from iterative_ppo.conversation_features import word_shares
 from iterative_ppo.frozen_features import FeatureCache
-from iterative_ppo.q_fit import (
-    LabelledSequence,
-    Predictions,
-    bootstrap_weights,
-    predict,
-    require_returns_for,
-    unit_of,
-)
+from iterative_ppo.labelled_sequence import LabelledSequence
+from iterative_ppo.q_fit import Predictions, bootstrap_weights, predict, require_returns_for, unit_of
 from iterative_ppo.q_function import QFunction, TokenIds
 from iterative_ppo.read_out_regression import PENALTIES, Heads, Points, Regression
 from iterative_ppo.supervised import FitHistory, Progress, no_progress

@@ -7,7 +7,8 @@ import numpy as np
 
 from iterative_ppo import returns
 from iterative_ppo.conversations import Conversation, chat_messages, decision_points, turn_rewards
-from iterative_ppo.q_fit import LabelledSequence, Predictions
+from iterative_ppo.labelled_sequence import LabelledSequence
+from iterative_ppo.q_fit import Predictions
 from iterative_ppo.rendering import Renderer, TokenIds, TurnSequence, pack_turns
 
 

@@ -43,9 +43,11 @@ LAYERS: list[dict[str, str]] = [
         "policy": "activation_checkpointing adapters batching config distributed losses rendering sampling shared_prefix sharding supervised",
         "q_function": "activation_checkpointing adapters batching conversation_features distributed losses shared_prefix sharding supervised",
         "frozen_features": "adapters q_function supervised",
-        "q_fit": "batching config distributed frozen_features losses q_function sharding supervised",
+        "labelled_sequence": "q_function",
+        "word_tasks": "labelled_sequence q_function",
+        "q_fit": "batching config distributed frozen_features labelled_sequence losses q_function sharding supervised word_tasks",
         "read_out_regression": "losses supervised",
-        "read_out": "config conversation_features distributed frozen_features q_fit q_function read_out_regression supervised",
+        "read_out": "config conversation_features distributed frozen_features labelled_sequence q_fit q_function read_out_regression supervised",
         "q_report": "intervals q_fit",
         "text_baseline": "conversations",
     },
@@ -92,7 +94,16 @@ LAYERS: list[dict[str, str]] = [
 """Every unit, a line each, with the units that it may import directly. A unit is a module or a package."""
 
 TURNS = {"conversations", "conversation_checks", "conversation_log", "log_summary", "returns", "text_baseline"}
-Q = {"q_function", "frozen_features", "q_fit", "read_out", "read_out_regression", "q_report"}
+Q = {
+    "q_function",
+    "frozen_features",
+    "labelled_sequence",
+    "word_tasks",
+    "q_fit",
+    "read_out",
+    "read_out_regression",
+    "q_report",
+}
 NEVER = {
     "improvement": TURNS | Q | {"environments"},
     "environments": Q | {"improvement", "returns"},

@@ -6,8 +6,9 @@ import tiny
 from test_q_function import answered_logs
 
 from iterative_ppo.config import Config, PolicyConfig, QFunctionConfig
+from iterative_ppo.labelled_sequence import LabelledSequence
 from iterative_ppo.pretraining import clone_with_outcomes
-from iterative_ppo.q_fit import LabelledSequence, predict
+from iterative_ppo.q_fit import predict
 from iterative_ppo.q_function import QFunction, QFunctionCard
 
 CONFIG = Config(

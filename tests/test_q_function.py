@@ -19,8 +19,9 @@ from iterative_ppo.batching import pad_right
 from iterative_ppo.config import QFunctionConfig
 from iterative_ppo.conversations import Conversation, Message, chat_messages, split_by_group
 from iterative_ppo.intervals import clustered_interval, mean_interval
+from iterative_ppo.labelled_sequence import LabelledSequence
 from iterative_ppo.policy import Policy
-from iterative_ppo.q_fit import LabelledSequence, Predictions, WordTasks, fit_q_function, predict, predict_after_share
+from iterative_ppo.q_fit import Predictions, fit_q_function, predict, predict_after_share
 from iterative_ppo.q_function import Link, QFunction, QFunctionCard, TokenValue, load_card
 from iterative_ppo.q_report import (
     assess,
@@ -32,6 +33,7 @@ from iterative_ppo.rendering import TokenIds
 from iterative_ppo.shared_prefix import tree_batches
 from iterative_ppo.supervised import FitHistory
 from iterative_ppo.turns_to_tokens import all_prompts, labelled_sequences, td_lambda_targets, tokenize
+from iterative_ppo.word_tasks import WordTasks
 
 TOLERANCE = 1e-5
 TOKENS = 1024

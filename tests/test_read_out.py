@@ -30,10 +30,11 @@ from iterative_ppo.conversation_log import read_conversations
 from iterative_ppo.cross_validation import cross_validate
 from iterative_ppo.export import export_step
 from iterative_ppo.frozen_features import FeatureCache
+from iterative_ppo.labelled_sequence import LabelledSequence
 from iterative_ppo.loading import load_q_and_renderer
 from iterative_ppo.open_step import find_open_step
 from iterative_ppo.policy import Policy
-from iterative_ppo.q_fit import LabelledSequence, Predictions, bootstrap_weights, predict, predict_after_share
+from iterative_ppo.q_fit import Predictions, bootstrap_weights, predict, predict_after_share
 from iterative_ppo.q_from_logs import fit_q_from_logs
 from iterative_ppo.q_function import Link, QFunction, TokenIds, TokenValue, load_card
 from iterative_ppo.q_scoring import QScorer
