@@ -115,6 +115,11 @@ def on_main(work: Callable[[], _T]) -> _T:
     return from_main(result)
 
 
+def wait_for_all() -> None:
+    """Returns once every process has come here."""
+    gathered({})
+
+
 def sums(*numbers: float) -> list[float]:
     """Each number, added up over the processes."""
     if not _is_several():

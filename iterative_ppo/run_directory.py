@@ -99,6 +99,7 @@ class RunDirectory:
             started = time.perf_counter()
             metrics = to_json(make(partial))
             seconds = time.perf_counter() - started
+            distributed.wait_for_all()  # one of them may still read what the main process is about to rename
             distributed.on_main(lambda: self._finish(partial, name, seed, parents, metrics, seconds))
         wait_for(manifest)
         done = json.loads(manifest.read_text(encoding="utf-8"))

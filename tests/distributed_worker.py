@@ -1,6 +1,7 @@
 """What test_distributed.py compares: the same work, done by one process there and by two in `torchrun` here."""
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from iterative_ppo.policy import Policy
 from iterative_ppo.q_fit import fit_q_function, predict
 from iterative_ppo.q_function import QFunction, QFunctionCard, TokenValue
 from iterative_ppo.read_out import fit_read_out
+from iterative_ppo.run_directory import RunDirectory
 from iterative_ppo.supervised import no_progress
 
 TOKENS = 128  # several micro-batches a step, and not the same number in each process
@@ -221,6 +223,20 @@ CASES: dict[str, Callable[[Path], Results]] = {
 """In one process nothing is sharded."""
 
 
+def late_reader(out: Path) -> str:
+    """A stage that the second process is slow in: what it reads of the stage's folder after the main one is through."""
+
+    def make(folder: Path) -> dict[str, str]:
+        if distributed.is_main():
+            (folder / "note.txt").write_text("read in time")
+        else:
+            time.sleep(2)
+        return {"note": (folder / "note.txt").read_text()}
+
+    directory = RunDirectory(out / "late", config_module.Config(), resume=False)
+    return str(directory.stage("start", seed=0, parents={}, make=make).metrics["note"])
+
+
 def main(folder: Path, out: Path) -> None:
     """Does every case and notes what this process ended with."""
     torch.set_num_threads(1)
@@ -229,6 +245,7 @@ def main(folder: Path, out: Path) -> None:
         results = {name: case(folder) for name, case in CASES.items()}
         results["commands"] = commands_of(folder, out)
         results["saved"] = saved(folder, out)
+        results["late_reader"] = late_reader(out)
         results["world_size"] = distributed.world_size()
         torch.save(results, out / f"{distributed.rank()}.pt")
 

@@ -142,6 +142,10 @@ def test_each_process_plays_its_part(two: list[Results]) -> None:
     assert [results["rollouts"]["own_resets"] for results in two] == [6, 7]
 
 
+def test_a_stage_is_not_renamed_while_a_process_still_reads_it(two: list[Results]) -> None:
+    assert [results["late_reader"] for results in two] == ["read in time"] * 2
+
+
 def figures_of(result: Any, name: str = "") -> dict[str, float]:
     """All numbers of a result by where they stand, but for those that depend on the clock or on the batches."""
     if name.rpartition(".")[2] in ("seconds", "num_encoded_tokens"):
