@@ -28,7 +28,7 @@ Situation = tuple[str, str, str]
 def regrets(conversation: Conversation, *, max_turns: int) -> Iterator[tuple[Situation, float]]:
     """Of each response what had been said, what was done, what was best, and what the difference is worth."""
     exact = values(max_turns)
-    belief, progress, heard, meaning = None, Progress(), Reply(Says.OTHER_WORRY), None
+    belief, progress, heard, meaning, on_table = None, Progress(), Reply(Says.OTHER_WORRY), None, None
     for message in conversation.messages:
         if message.role == "user":
             heard = read_reply(message.content)
@@ -42,7 +42,9 @@ def regrets(conversation: Conversation, *, max_turns: int) -> Iterator[tuple[Sit
                 progress = advance(progress, heard)
         elif message.role == "assistant":
             assert belief is not None
-            meaning = read_seller(message.content)
+            meaning = read_seller(message.content, on_table)
+            if meaning.act == Act.RECOMMEND:
+                on_table = meaning
             best = exact.best_meaning(Seller.OPTIMAL, canonical(belief), progress)
             regret = exact.value(Seller.OPTIMAL, belief, progress) - exact.q_value(
                 Seller.OPTIMAL, belief, progress, meaning

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,16 @@ def test_q_served_under_load():
 @pytest.mark.slow
 def test_what_is_given_away_in_a_log_is_what_lacks_to_the_optimum(tmp_path: Path):
     """The performance difference lemma: the sum of regrets is, on average, the optimum less the seller's own rate."""
-    conversations = list(collect_scripted(Storefront, num_conversations=3000, seed=0, max_turns=10))
+
+    class Naming(Storefront):
+        """Half of the messages name a shoe, which is a recommendation unless it is on the table already."""
+
+        def scripted_response(self, messages: Sequence[Mapping[str, str]], generator: np.random.Generator) -> str:
+            text = super().scripted_response(messages, generator)
+            shoe = "the premium trail shoe: " if messages[1]["content"].count("trail") else "the basic city shoe: "
+            return shoe + text if generator.random() < 0.5 else text
+
+    conversations = list(collect_scripted(Naming, num_conversations=3000, seed=0, max_turns=10))
     write_log(tmp_path / "log.jsonl", conversations)
     [row] = last_line("storefront_regret", str(tmp_path / "log.jsonl"), "--lines", "100000")["rows"]
     rate = np.mean([conversation.outcome for conversation in conversations])
