@@ -87,7 +87,7 @@ class PolicyConfig(_Section):
     """`tiny` (a small Llama made from scratch, its tokenizer trained on the logs), a hub id, or a folder of a causal language model with a chat template."""
     logs: str = ""
     """Conversations (JSON Lines) from which the start policy is cloned. Empty: the environment's own scripted seller writes them for `tiny`; a pretrained start is left as it is."""
-    scripted_conversations: Count = 9500
+    scripted_conversations: Count = 8192
     """How many conversations the scripted seller writes."""
     hidden_size: Count = 96
     """Width of the tiny model."""
@@ -131,8 +131,8 @@ class QFunctionConfig(_Section):
     """From the scalar head to Q. `logistic` keeps Q in [0, 1] and needs returns in [0, 1]; `identity` fits any return."""
     loss: Literal["binary_cross_entropy", "squared_error", "hl_gauss"] = "binary_cross_entropy"
     """Regression loss. `binary_cross_entropy` goes with the logistic link, the other two with either."""
-    next_message_weight: NonNegative = 1.0
-    """Weight of a second task of the fit: to predict, from the end of a response, the words of the customer's next message, and, three tenths as much, those of the response and of what was heard before it. That answer is what tells good responses from bad ones long before the outcome; 0 turns it off."""
+    next_message_weight: NonNegative = 3.0
+    """Weight of two more tasks of the fit: to predict, from the end of a response, the words of the customer's next message, and, a third as much, at each word of the response whether it had been heard before. The answer is what tells good responses from bad ones long before the outcome; 0 turns both off."""
     num_heads: Count = 5
     """Ensemble members: linear heads on one trunk, each fitted to its own bootstrap of the conversations."""
     pessimism: NonNegative = 1.0

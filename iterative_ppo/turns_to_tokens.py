@@ -1,7 +1,8 @@
 """Where turns meet tokens: logged conversations as what the Q-function is fitted to and the policy is prompted with."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -55,10 +56,7 @@ def tokenize(conversation: Conversation, renderer: Renderer) -> TokenizedTurns:
         prompts=tuple(prompt.token_ids for prompt in prompts),
         responses=tuple(response for response, _ in responses),
         messages_seen=tuple(_num_spoken(point.chat) for point in points),
-        next_messages=tuple(
-            renderer.encode(chat[place]["content"]) if place < len(chat) and chat[place]["role"] == "user" else ()
-            for place in (len(point.chat) + 1 for point in points)
-        ),
+        next_messages=tuple(renderer.encode(text) if text else () for text in _answers(conversation)),
         last_state=renderer.prompt(chat).token_ids if ends_with_customer else (),
         num_messages=_num_spoken(chat),
         num_dropped_messages=sum(prompt.num_dropped_messages for prompt in prompts),
@@ -135,6 +133,13 @@ def td_lambda_targets(
 def all_prompts(tokenized: Iterable[TokenizedTurns]) -> list[TokenIds]:
     """The prompts that the policy saw: the data set of the single-turn problem."""
     return [prompt for turns in tokenized for prompt in turns.prompts]
+
+
+def _answers(conversation: Conversation) -> Iterator[str]:
+    """What the customer said to each response; empty where it had no answer."""
+    for message, following in zip_longest(conversation.messages, conversation.messages[1:]):
+        if message.role == "assistant":
+            yield following.content if following is not None and following.role == "user" else ""
 
 
 def _cut(response: TokenIds, room: int, end_id: int) -> tuple[TokenIds, bool]:

@@ -1,6 +1,6 @@
 """What the words of a conversation teach a trunk while Q is fitted on it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -9,21 +9,22 @@ from torch import Tensor, nn
 from iterative_ppo.labelled_sequence import LabelledSequence
 from iterative_ppo.q_function import QFunction
 
-_RECALL_WEIGHT = 0.3
-_LEAST_COUNT = 1e-3  # of a word that every conversation holds: it is not recalled, and its frequency has a logarithm
+_ECHO_WEIGHT = 1 / 3
 
 
 class WordTasks(nn.Module):
-    """Predicts, from the end of a response, words of the conversation: those that answer it and those said so far.
+    """Predicts what answers a response, and which words of a response others have said before it.
 
     An outcome is one bit at the end of a conversation; the answer to a response is many, and says at once whether it
     was understood, liked or beside the point. To predict it the trunk must represent what Q needs to tell responses to
     one prompt apart. Often that is a comparison, of the shoe asked for and the one recommended, say. Neither word by
-    itself tells anything, so that a trunk which holds neither has no gradient to either: it is asked for both, too.
+    itself tells anything, so that a trunk which does not compare them has no gradient to begin with it: it is asked
+    whether a word has been heard, too, which is nothing but a comparison.
 
-    Three bags of words, each −Σ_w share(w) log softmax(E P h + b)_w with the trunk's own embeddings E, held fixed, a
-    projection P from the identity and a bias b from the words' frequencies: the answer's, all its words alike, and, with
-    weight `_RECALL_WEIGHT`, the response's own and those that others have said before it, the rarer the more.
+    *The answer*, from the end of the response, as a bag of words: −Σ_w share(w) log softmax(E P h + b)_w with the trunk's
+    own embeddings E, held fixed, a projection P from the identity and a bias b from the words' frequencies.
+    *Echoes*, at each word w of a response: the cross-entropy of σ(u · h + c_w) and whether others said w before, the
+    rarer the word the more; a response weighs `_ECHO_WEIGHT` of an answer.
 
     Args:
         sequences: those trained on; frequencies are theirs.
@@ -35,57 +36,58 @@ class WordTasks(nn.Module):
         num_tokens, size = embedding.weight.shape
         self._embedding = [embedding]  # in a list: it is the trunk's, not this module's
         answers = [token for sequence in sequences for message in sequence.next_messages for token in message]
-        num_uses_V, num_sequences_V = np.ones(num_tokens), np.ones(num_tokens)
+        count_V = 1.0 + np.bincount(answers, minlength=num_tokens)
+        num_sequences_V = np.ones(num_tokens)
         for sequence in sequences:
-            tokens, counts = np.unique(sequence.token_ids, return_counts=True)
-            num_uses_V[tokens] += counts
-            num_sequences_V[tokens] += 1
+            num_sequences_V[np.unique(sequence.token_ids)] += 1
         self._rarity_V = np.log(np.maximum(len(sequences) / num_sequences_V, 1.0))
-        recalled_V = num_uses_V * self._rarity_V + _LEAST_COUNT
-        count_3V = np.stack([1.0 + np.bincount(answers, minlength=num_tokens), recalled_V, recalled_V])
-        self.projection_3DD = nn.Parameter(torch.eye(size).repeat(3, 1, 1))
-        self.bias_3V = nn.Parameter(torch.from_numpy(np.log(count_3V / count_3V.sum(1, keepdims=True))).float())
+        self.answer_projection_DD = nn.Parameter(torch.eye(size))
+        self.answer_bias_V = nn.Parameter(torch.from_numpy(np.log(count_V / count_V.sum())).float())
+        self.echo_D = nn.Parameter(torch.zeros(size))
+        self.echo_bias_V = nn.Parameter(torch.zeros(num_tokens))
         self.to(q_function.device)
 
     def forward(self, hidden_BTD: Tensor, sequences: Sequence[LabelledSequence]) -> Tensor:
-        """Sum of the cross-entropies over all answered responses."""
-        places: list[tuple[int, int]] = []
-        bags: list[tuple[int, int, np.ndarray, np.ndarray]] = []  # place, which of the three, words and their shares
-        for row, sequence in enumerate(sequences):
-            for end, three in self._bags(sequence):
-                for kind, (word_W, weight_W) in enumerate(three):
-                    total = weight_W.sum()
-                    if total > 0:
-                        bags.append((len(places), kind, word_W, weight_W / total))
-                places.append((row, end - 1))
-        if not places:
-            return hidden_BTD.new_zeros(())
-        row_N, column_N = torch.tensor(places, device=hidden_BTD.device).T
-        projected_N3D = torch.einsum("nd,kcd->nkc", hidden_BTD[row_N, column_N], self.projection_3DD)
-        logprob_N3V = (projected_N3D @ self._embedding[0].weight.detach().T + self.bias_3V).log_softmax(-1)
-        share_N3V = np.zeros(logprob_N3V.shape, dtype=np.float32)
-        for place, kind, word_W, share_W in bags:
-            np.add.at(share_N3V[place, kind], word_W, share_W)
-        share_N3V[:, 1:] *= _RECALL_WEIGHT
-        return -(logprob_N3V * torch.from_numpy(share_N3V).to(logprob_N3V.device)).sum()
+        """Sum of the losses over all responses."""
+        return self._answer_loss(hidden_BTD, sequences) + _ECHO_WEIGHT * self._echo_loss(hidden_BTD, sequences)
 
-    def _bags(self, sequence: LabelledSequence) -> Iterator[tuple[int, list[tuple[np.ndarray, np.ndarray]]]]:
-        """Of each answered response its end and its three bags: words and weights."""
-        token_T = np.asarray(sequence.token_ids)
-        rarity_T = self._rarity_V[token_T]
-        is_heard_T = np.ones(len(token_T), dtype=bool)
-        for start, end in sequence.spans:
-            is_heard_T[start:end] = False
-        heard_W, heard_rarity_W = token_T[is_heard_T], rarity_T[is_heard_T]
-        num_heard_T = np.cumsum(is_heard_T)
-        for (start, end), answer in zip(sequence.spans, sequence.next_messages, strict=False):
-            if answer:
-                num_heard = num_heard_T[start - 1]
-                yield (
-                    end,
-                    [
-                        (np.asarray(answer), np.ones(len(answer))),
-                        (token_T[start:end], rarity_T[start:end]),
-                        (heard_W[:num_heard], heard_rarity_W[:num_heard]),
-                    ],
-                )
+    def _answer_loss(self, hidden_BTD: Tensor, sequences: Sequence[LabelledSequence]) -> Tensor:
+        answered = [
+            (row, end - 1, answer)
+            for row, sequence in enumerate(sequences)
+            for (_, end), answer in zip(sequence.spans, sequence.next_messages, strict=False)
+            if answer
+        ]
+        if not answered:
+            return hidden_BTD.new_zeros(())
+        row_N, column_N, answer_N = zip(*answered, strict=True)
+        projected_ND = hidden_BTD[list(row_N), list(column_N)] @ self.answer_projection_DD
+        logprob_NV = (projected_ND @ self._embedding[0].weight.detach().T + self.answer_bias_V).log_softmax(-1)
+        share_NV = np.zeros(logprob_NV.shape, dtype=np.float32)
+        for share_V, answer in zip(share_NV, answer_N, strict=True):
+            np.add.at(share_V, np.asarray(answer), 1 / len(answer))
+        return -(logprob_NV * torch.from_numpy(share_NV).to(logprob_NV.device)).sum()
+
+    def _echo_loss(self, hidden_BTD: Tensor, sequences: Sequence[LabelledSequence]) -> Tensor:
+        place_N: list[tuple[int, int]] = []
+        token_N: list[int] = []
+        echo_N: list[float] = []
+        weight_N: list[float] = []
+        for row, sequence in enumerate(sequences):
+            heard: set[int] = set()
+            last_end = 0
+            for start, end in sequence.spans:
+                heard.update(sequence.token_ids[last_end:start])
+                last_end = end
+                response = sequence.token_ids[start:end]
+                rarity_W = self._rarity_V[list(response)]
+                place_N += [(row, column) for column in range(start, end)]
+                token_N += response
+                echo_N += [float(token in heard) for token in response]
+                weight_N += (rarity_W / max(rarity_W.sum(), 1e-12)).tolist()
+        if not place_N:
+            return hidden_BTD.new_zeros(())
+        row_N, column_N = torch.tensor(place_N, device=hidden_BTD.device).T
+        logit_N = hidden_BTD[row_N, column_N] @ self.echo_D + self.echo_bias_V[token_N]
+        echo, weight = (torch.tensor(x, device=hidden_BTD.device) for x in (echo_N, weight_N))
+        return nn.functional.binary_cross_entropy_with_logits(logit_N, echo, weight=weight, reduction="sum")
