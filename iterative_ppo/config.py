@@ -87,7 +87,7 @@ class PolicyConfig(_Section):
     """`tiny` (a small Llama made from scratch, its tokenizer trained on the logs), a hub id, or a folder of a causal language model with a chat template."""
     logs: str = ""
     """Conversations (JSON Lines) from which the start policy is cloned. Empty: the environment's own scripted seller writes them for `tiny`; a pretrained start is left as it is."""
-    scripted_conversations: Count = 8192
+    scripted_conversations: Count = 6144
     """How many conversations the scripted seller writes."""
     hidden_size: Count = 96
     """Width of the tiny model."""
@@ -106,7 +106,7 @@ class PolicyConfig(_Section):
     clone_passes: Annotated[int, _Range(0)] = 3
     """Most passes over the logs when the start policy is cloned; stops earlier when the held-out loss rises."""
     clone_learning_rate: Positive = 2e-3
-    """Peak learning rate of cloning (AdamW, cosine; Muon, at a third of it, for the matrices of a model made from scratch)."""
+    """Peak learning rate of cloning (AdamW, cosine; Muon for the matrices of a model made from scratch)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,9 +15,6 @@ from iterative_ppo.muon import Muon
 from iterative_ppo.sharding import adamw, clip_gradients, gathered, has_shards
 
 _WEIGHT_DECAY = 0.01
-_MUON_SHARE = 0.35
-"""Of the learning rate, for the matrices that Muon fits: at the full rate two words are hardly ever compared
-(docs/log.md)."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, how much of it is done, and out of how much."""
@@ -175,7 +172,7 @@ class _ScheduledOptimizer:
             adamw(others, learning_rate=learning_rate, weight_decay=_WEIGHT_DECAY)
         ]
         if matrices:
-            self.optimizers.append(Muon(matrices, lr=_MUON_SHARE * learning_rate, weight_decay=_WEIGHT_DECAY))
+            self.optimizers.append(Muon(matrices, lr=learning_rate, weight_decay=_WEIGHT_DECAY))
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, share_of_peak) for o in self.optimizers]
 
     def step(self) -> None:
