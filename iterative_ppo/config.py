@@ -111,7 +111,7 @@ class PolicyConfig(_Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IterationsConfig(_Section):
-    count: Count = 5
+    count: Count = 6
     """Rounds of collect, fit, improve, evaluate, promote or hold."""
     conversations: Count = 2048
     """Conversations collected in each iteration, beside those of the gate."""

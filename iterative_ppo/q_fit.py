@@ -57,7 +57,8 @@ def fit_q_function(
     At each decision point the end of the response weighs 1, the state before it weighs 1, and the tokens in between
     weigh 1 together, so that Q is also a token-level value. Ensemble member m sees each
     conversation with a weight drawn from Poisson(1) (the bootstrap); a single member sees all with weight 1.
-    The words of the conversation, predicted from the end of each response, weigh `next_message_weight`; see `WordTasks`.
+    What answers a response, and which of its words have been heard before, are predicted beside; they weigh `next_message_weight`,
+    see `WordTasks`.
 
     Args:
         held_out: the sequences that decide when to stop, always by their returns as given.
