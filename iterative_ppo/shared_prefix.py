@@ -68,15 +68,24 @@ def _at(x_BT: Tensor, place: Tensor) -> Tensor:
     return nn.functional.embedding(place.to(x_BT.device), x_BT.flatten(0, 1))
 
 
-def families(prompts: Sequence[TokenIds]) -> list[list[int]]:
-    """Groups the rows whose prompts are prefixes of each other, each group from its shortest prompt to its longest."""
+def families(prompts: Sequence[TokenIds], *, max_copies: int | None = None) -> list[list[int]]:
+    """Groups the rows whose prompts are prefixes of each other, each group from its shortest prompt to its longest.
+
+    Args:
+        max_copies: a group holds so many rows of one and the same prompt, at most; the next one begins another group.
+            Where groups are drawn at random, a prompt that begins every conversation must not be drawn all at once.
+    """
     groups: list[list[int]] = []
+    num_copies = 0  # of the last group's longest prompt
     for row in sorted(range(len(prompts)), key=prompts.__getitem__):
         longest = prompts[groups[-1][-1]] if groups else None
-        if longest is not None and prompts[row][: len(longest)] == longest:
+        num_copies = num_copies + 1 if prompts[row] == longest else 1
+        is_prefix = longest is not None and prompts[row][: len(longest)] == longest
+        if is_prefix and (max_copies is None or num_copies <= max_copies):
             groups[-1].append(row)
         else:
             groups.append([row])
+            num_copies = 1
     return groups
 
 

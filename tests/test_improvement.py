@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from iterative_ppo.config import ImprovementConfig
 from iterative_ppo.improvement import native
 from iterative_ppo.improvement.base import Improvement, RewardFunction, UpdateMetrics
-from iterative_ppo.improvement.native import improve, sample_rollout
-from iterative_ppo.improvement.responses import paced_kl_coefficient
+from iterative_ppo.improvement.native import _minibatches, improve, sample_rollout
+from iterative_ppo.improvement.responses import paced_kl_coefficient, prompt_batches
 from iterative_ppo.losses import explained_variance, token_entropy
 from iterative_ppo.policy import Policy
 from iterative_ppo.rendering import TokenIds
@@ -344,6 +344,24 @@ def test_the_ratio_is_one_at_the_first_pass_whatever_the_padding(
             assert float((ratio_BT - 1)[batch.mask_BT].abs().max()) < 1e-5
             assert torch.equal(batch.mask_BT, rollout.mask_BT[own, :width])
     assert float((rollout.old_logprob_BT - rollout.anchor_logprob_BT).abs().max()) < 1e-5
+
+
+def test_a_prompt_that_begins_every_conversation_is_not_drawn_all_at_once():
+    """Two openings, four hundred conversations: batches and minibatches hold both. Drawn as the families that they are, each
+    would hold one, and a policy trained on one opening at a time says to all what the last one called for."""
+    openings = [(tiny.A, tiny.B), (tiny.C, tiny.D)]
+    prompts = [openings[row % 2] for row in range(400)]
+    config = config_of("ppo", prompts_per_update=64, num_samples=2, num_minibatches=4)
+    generator = np.random.default_rng(0)
+    batches = prompt_batches(prompts, config, generator)
+    for _ in range(6):
+        batch = next(batches)
+        assert len(batch) == 128
+        assert batch[::2] == batch[1::2], "a prompt's samples are adjacent"
+        assert 0.25 < np.mean([prompt == openings[0] for prompt in batch]) < 0.75
+        for rows in _minibatches(batch, config, generator):
+            assert 0.2 < np.mean([batch[row] == openings[0] for row in rows]) < 0.8
+            assert all(row ^ 1 in rows for row in rows), "a prompt's samples stay together"
 
 
 # --- metrics ------------------------------------------------------------------------------------------------

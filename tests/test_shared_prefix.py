@@ -51,6 +51,14 @@ def test_a_family_is_a_chain_of_prefixes():
     assert families(prompts) == [[3, 4, 0, 5], [2], [1]], "each row once, from the shortest prompt to the longest"
 
 
+def test_a_family_holds_so_many_copies_of_a_prompt():
+    a, ab, ac = (1,), (1, 2), (1, 3)
+    prompts = [ab, a, a, ab, a, ac]
+    assert families(prompts) == [[1, 2, 4, 0, 3], [5]]
+    assert families(prompts, max_copies=1) == [[1], [2], [4, 0], [3], [5]]
+    assert families(prompts, max_copies=2) == [[1, 2], [4, 0, 3], [5]]
+
+
 def test_a_tree_drawn_as_rows():
     """
     prompts    5 6 | 5 6 7 8       tokens     5 6 7 8 | 9 2 | 3 2

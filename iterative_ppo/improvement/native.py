@@ -183,7 +183,7 @@ class _Learner:
 
     def update(self, rollout: Rollout, update: int, generator: np.random.Generator) -> UpdateMetrics:
         """Gradient passes over one rollout."""
-        minibatches = _minibatches(rollout.prompts, self.config.num_minibatches, generator)
+        minibatches = _minibatches(rollout.prompts, self.config, generator)
         kl, kl_k1 = rollout.kl, rollout.kl_k1
         if not self.policy.is_float32:
             rollout = self._rescored(rollout, minibatches)
@@ -195,7 +195,7 @@ class _Learner:
         num_passes = 0
         for pass_ in range(self.config.num_passes):
             if pass_ > 0:
-                minibatches = _minibatches(rollout.prompts, self.config.num_minibatches, generator)
+                minibatches = _minibatches(rollout.prompts, self.config, generator)
             stats = _PassStatistics()
             for rows in minibatches:
                 self._policy_step(rollout, advantage_BT, scale, rows, stats)
@@ -371,8 +371,10 @@ def _normalized(advantage_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, float]:
     return losses.normalize_advantages(advantage_BT, mask_BT), 1.0 / (float(deviation) + 1e-4)
 
 
-def _minibatches(prompts: Sequence[TokenIds], num_minibatches: int, generator: np.random.Generator) -> list[list[int]]:
-    """The rows in a random order, in parts of equal size; rows whose prompts share a prefix stay together."""
-    order = shuffled(families(prompts), generator)
-    size = math.ceil(len(order) / num_minibatches)
+def _minibatches(
+    prompts: Sequence[TokenIds], config: ImprovementConfig, generator: np.random.Generator
+) -> list[list[int]]:
+    """The rows in a random order, in parts of equal size; a prompt's samples stay together, and its prefixes with it."""
+    order = shuffled(families(prompts, max_copies=config.num_samples), generator)
+    size = math.ceil(len(order) / config.num_minibatches)
     return [order[start : start + size] for start in range(0, len(order), size)]

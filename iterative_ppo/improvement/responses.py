@@ -146,9 +146,10 @@ def prompt_batches(
 ) -> Iterator[list[TokenIds]]:
     """Endless batches of prompts, each repeated `num_samples` times in adjacent rows; every prompt equally often.
 
-    Prompts that are prefixes of each other are drawn together: they cost little more than the longest of them.
+    Prompts that are prefixes of each other are drawn together: they cost little more than the longest of them. Equal ones
+    are drawn apart: a batch has each prompt about as often as the logs do.
     """
-    groups = families(prompts)
+    groups = families(prompts, max_copies=1)
     queue: list[int] = []
     size = min(config.prompts_per_update, len(prompts))
     while True:
