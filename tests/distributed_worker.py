@@ -177,15 +177,20 @@ def commands_of(folder: Path, out: Path) -> Results:
     policy, log = str(folder), out / "log.jsonl"
     shown: dict[str, Any] = {"console": Console(quiet=True), "progress": no_progress}
     read: dict[str, Any] = {"group": None, "bad_lines": "error"}
-    return {
-        "collect": single_stages.run_collect(config, policy, log, ray=None, **shown),
-        "fit": single_stages.run_fit(config, log, policy, out / "q", num_folds=2, **read, **shown),
-        "improve": single_stages.run_improve(
+    commands: dict[str, Callable[[], Any]] = {
+        "collect": lambda: single_stages.run_collect(config, policy, log, ray=None, **shown),
+        "fit": lambda: single_stages.run_fit(config, log, policy, out / "q", num_folds=2, **read, **shown),
+        "improve": lambda: single_stages.run_improve(
             config, log, policy, str(out / "q/q_function"), out / "candidate", bad_lines="error", **shown
         ),
-        "evaluate": single_stages.run_evaluate(config, policy, str(out / "candidate"), **shown),
-        "step": loop.run_step(config, log, out / "step", num_folds=0, resume=False, **read, **shown),
+        "evaluate": lambda: single_stages.run_evaluate(config, policy, str(out / "candidate"), **shown),
+        "step": lambda: loop.run_step(config, log, out / "step", num_folds=0, resume=False, **read, **shown),
     }
+    results = {}
+    for name, command in commands.items():
+        results[name] = command()
+        distributed.wait_for_all()  # as between launches: what the main process writes is there for the next
+    return results
 
 
 def saved(folder: Path, out: Path) -> Results:

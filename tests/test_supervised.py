@@ -51,14 +51,14 @@ def first_step(*, by_muon: bool) -> Tensor:
     return model.layer.weight.detach()
 
 
-def test_muon_goes_equally_far_in_all_directions_of_a_matrix_and_less_far_than_adamw():
+def test_muon_goes_equally_far_in_all_directions_of_a_matrix_and_about_as_far_as_adamw():
     """8 rows give a gradient of rank 8. Muon brings its singular values close to each other (Newton-Schulz ends within
     .6 and 1.3 of their mean); in AdamW's step, the sign of the gradient, the largest stands out. An entry moves by the
-    learning rate times 1 in AdamW's first step. Muon's are scaled to .2, what AdamW is seen to do later, and to .35 of that."""
+    learning rate times 1 in AdamW's first step. Muon's are scaled to .2, what AdamW is seen to do later."""
     muon, adamw = (torch.linalg.svdvals(first_step(by_muon=by_muon))[:8] for by_muon in (True, False))
     assert muon.max() / muon.min() < 2.5
     assert adamw.max() / adamw.min() > 2.5
-    for singular_values, low, high in ((muon, 0.2 * 0.35 / 2, 0.2 * 0.35 * 1.1), (adamw, 0.5, 1.1)):
+    for singular_values, low, high in ((muon, 0.1, 0.22), (adamw, 0.5, 1.1)):
         assert low * RATE < float(singular_values.square().sum().sqrt()) / SIZE < high * RATE
 
 
