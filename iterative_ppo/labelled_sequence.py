@@ -1,6 +1,10 @@
 """Decision points with returns, as tokens: what Q is fitted to."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from iterative_ppo.q_function import TokenIds
 
@@ -30,3 +34,12 @@ class LabelledSequence:
     num_messages: int
     next_messages: tuple[TokenIds, ...] = ()
     """The customer's answer to each response; empty where there is none. Without any, nothing is learnt from answers."""
+
+
+def responses(sequences: Sequence[LabelledSequence], width: int) -> Tensor:
+    """True at the responses' tokens and at the one before each [B, T], T the width: where a fit reads anything."""
+    response_BT = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        for start, end in sequence.spans:
+            response_BT[row, start - 1 : max(start, end)] = True
+    return response_BT

@@ -27,6 +27,7 @@ from iterative_ppo import adapters, distributed, sharding
 from iterative_ppo.activation_checkpointing import gradient_pass, keep_no_activations
 from iterative_ppo.batching import pad_right
 from iterative_ppo.config import PolicyConfig
+from iterative_ppo.last_layer import hidden_states
 from iterative_ppo.losses import token_logprobs
 from iterative_ppo.rendering import Renderer, TokenIds, TurnSequence
 from iterative_ppo.sampling import ConversationCache, SampledResponses
@@ -296,7 +297,7 @@ class Policy:
             mask_BT = batch.mask_RL
             logits_NV = run_trees(
                 lambda mask_BT=mask_BT, batch=batch, **inputs: self._logits_at(
-                    lambda x_BSD: batch.before(x_BSD)[mask_BT], **inputs
+                    lambda x_BSD: batch.before(x_BSD)[mask_BT], batch.at_responses(), **inputs
                 ),
                 batch,
                 device=self.device,
@@ -359,20 +360,24 @@ class Policy:
         """Whether logits are the output embedding of the hidden state and nothing else (no cap, no scale)."""
         token_BT = torch.tensor([[self.renderer.end_id, self.pad_id]], device=self.device)
         with torch.no_grad(), sharding.gathered(self.model):
-            plain_BTV = sharding.within(self.model, lambda: self._plain_logits(lambda x: x, input_ids=token_BT))
+            plain_BTV = sharding.within(self.model, lambda: self._plain_logits(lambda x: x, None, input_ids=token_BT))
             return torch.allclose(plain_BTV, self.model(input_ids=token_BT, use_cache=False).logits, atol=1e-5)
 
-    def _logits_at(self, choose: Callable[[Tensor], Tensor], **inputs: Tensor) -> Tensor:
-        """Logits [N, V] at the positions that `choose` takes from hidden states [B, S, D] (or logits [B, S, V])."""
+    def _logits_at(self, choose: Callable[[Tensor], Tensor], read_BS: Tensor, **inputs: Tensor) -> Tensor:
+        """Logits [N, V] at the positions that `choose` takes from hidden states [B, S, D] (or logits [B, S, V]).
+
+        Args:
+            read_BS: True wherever it may take something.
+        """
         has_plain_head = self._has_plain_head
         with gradient_pass(self.model):
             if not has_plain_head:
                 return choose(self.model(**inputs, use_cache=False).logits).float() / self.temperature
-            logits_NV = sharding.within(self.model, lambda: self._plain_logits(choose, **inputs))
+            logits_NV = sharding.within(self.model, lambda: self._plain_logits(choose, read_BS, **inputs))
             return logits_NV.float() / self.temperature
 
-    def _plain_logits(self, choose: Callable[[Tensor], Tensor], **inputs: Tensor) -> Tensor:
-        hidden_ND = choose(self.model.base_model(**inputs, use_cache=False).last_hidden_state)
+    def _plain_logits(self, choose: Callable[[Tensor], Tensor], read_BS: Tensor | None, **inputs: Tensor) -> Tensor:
+        hidden_ND = choose(hidden_states(self.model, read_BS, **inputs))
         logits_NV: Tensor = self.model.get_output_embeddings()(hidden_ND)
         return logits_NV
 
@@ -382,7 +387,9 @@ class Policy:
         def loss_sum_and_weight(rows: list[int]) -> tuple[Tensor, Tensor]:
             batch = response_targets([(sequences[row].token_ids, sequences[row].spans) for row in rows])
             precedes_BT = batch.precedes_target_BT.to(self.device)
-            logits_NV = self._logits_at(lambda x_BTD: x_BTD[precedes_BT], input_ids=batch.token_BT.to(self.device))
+            logits_NV = self._logits_at(
+                lambda x_BTD: x_BTD[precedes_BT], precedes_BT, input_ids=batch.token_BT.to(self.device)
+            )
             return -token_logprobs(logits_NV, batch.target_N.to(self.device)).sum(), precedes_BT.sum()
 
         return loss_sum_and_weight

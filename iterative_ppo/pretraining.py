@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from iterative_ppo.config import Config
-from iterative_ppo.labelled_sequence import LabelledSequence
+from iterative_ppo.labelled_sequence import LabelledSequence, responses
 from iterative_ppo.losses import token_logprobs
 from iterative_ppo.policy import Policy, response_targets
 from iterative_ppo.q_fit import Regression
@@ -81,7 +81,8 @@ class _Both(nn.Module):
         """−log π summed over the responses' tokens and their number; in training with Q's losses added."""
         sequences = [self.regression.sequences[row] for row in batch]
         targets = response_targets([(sequence.token_ids, sequence.spans) for sequence in sequences])
-        hidden_BTD = self.regression.q_function.hidden(targets.token_BT)
+        read_BT = responses(sequences, targets.token_BT.shape[1])
+        hidden_BTD = self.regression.q_function.hidden(targets.token_BT, read_BT)
         precedes_BT = targets.precedes_target_BT.to(hidden_BTD.device)
         logits_NV = self.model.get_output_embeddings()(hidden_BTD[precedes_BT]) / self.policy.temperature
         loss = -token_logprobs(logits_NV, targets.target_N.to(hidden_BTD.device)).sum()

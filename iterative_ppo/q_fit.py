@@ -11,7 +11,7 @@ from iterative_ppo import distributed, losses
 from iterative_ppo.batching import own_micro_batches, pad_right, pad_values
 from iterative_ppo.config import QFunctionConfig
 from iterative_ppo.frozen_features import FeatureCache
-from iterative_ppo.labelled_sequence import LabelledSequence
+from iterative_ppo.labelled_sequence import LabelledSequence, responses
 from iterative_ppo.q_function import Link, QFunction, TokenIds
 from iterative_ppo.sharding import gathered
 from iterative_ppo.supervised import FitHistory, Progress, fit_passes, no_progress
@@ -153,8 +153,9 @@ class Regression(nn.Module):
 
     def loss_sum_and_weight(self, batch: list[int]) -> tuple[Tensor, Tensor]:
         """Sum of the losses of some sequences and of their weights; out of training, of Q at the responses' ends alone."""
-        token_BT, _ = pad_right([self.sequences[row].token_ids for row in batch])
-        return self.of_hidden(self.q_function.hidden(token_BT), batch)
+        chosen = [self.sequences[row] for row in batch]
+        token_BT, _ = pad_right([sequence.token_ids for sequence in chosen])
+        return self.of_hidden(self.q_function.hidden(token_BT, responses(chosen, token_BT.shape[1])), batch)
 
     def of_hidden(self, hidden_BTD: Tensor, batch: list[int]) -> tuple[Tensor, Tensor]:
         """The same from the trunk's hidden states of these sequences."""
@@ -400,7 +401,7 @@ def _ridge_heads(
                 pad_values([pair[i] for pair in weighted], width=token_BT.shape[1]).to(q_function.device)
                 for i in (0, 1)
             )
-            feature_NF = q_function.features(token_BT)[weight_BT > 0]
+            feature_NF = q_function.features(token_BT, weight_BT > 0)[weight_BT > 0]
             target_NM = scalar_NM(feature_NF, return_BT[weight_BT > 0]).double().cpu()
             feature_NF = feature_NF.double().cpu()
             gram_FF += feature_NF.T @ feature_NF

@@ -35,6 +35,7 @@ from iterative_ppo.adapters import (
 )
 from iterative_ppo.batching import own_micro_batches, pad_right
 from iterative_ppo.conversation_features import ResponseMarks, features, num_features, word_scalars
+from iterative_ppo.last_layer import hidden_states, layer_list
 from iterative_ppo.losses import lower_confidence
 from iterative_ppo.shared_prefix import TreeBatch, run_trees, takes_trees, tree_batches
 from iterative_ppo.supervised import Progress, no_progress
@@ -239,26 +240,31 @@ class QFunction(nn.Module):
         """How many layers are below the heads."""
         return _num_layers(self.model)
 
-    def hidden(self, token_BT: Tensor) -> Tensor:
+    def hidden(self, token_BT: Tensor, read_BT: Tensor | None = None) -> Tensor:
         """The trunk's last hidden states [B, T, hidden] of rows padded on the right, float32.
 
         Padding needs no mask there: no real token sees what comes after it.
+
+        Args:
+            read_BT: True at the tokens that are read; what stands at the others means nothing. Default: all are read.
         """
-        return self._last_hidden(input_ids=token_BT.to(self.device))
+        return self._last_hidden(read_BT, input_ids=token_BT.to(self.device))
 
     def set_words(self, word_ids: Tensor, values_WM: Tensor) -> None:
         """What words are worth; those not named are worth nothing."""
         self.word_values.zero_()
         self.word_values[word_ids.to(self.device)] = values_WM.to(self.word_values)
 
-    def features(self, token_BT: Tensor) -> Tensor:
-        """What the heads multiply at every token of rows padded on the right: [B, T, F]."""
-        hidden_BTD = self.hidden(token_BT)
+    def features(self, token_BT: Tensor, read_BT: Tensor | None = None) -> Tensor:
+        """What the heads multiply at every token of rows padded on the right: [B, T, F]; `read_BT` as of `hidden`."""
+        hidden_BTD = self.hidden(token_BT, read_BT)
         return hidden_BTD if self.marks is None else features(hidden_BTD, self.marks.others(token_BT))
 
-    def scalars_of_trees(self, batch: TreeBatch) -> Tensor:
-        """Every member's scalar at every token of prompts that share their prefixes: [B, T, M]."""
-        hidden_BTD = run_trees(self._last_hidden, batch, device=self.device, dtype=self.model.dtype)
+    def scalars_of_trees(self, batch: TreeBatch, read_BT: Tensor) -> Tensor:
+        """Every member's scalar at tokens of prompts that share their prefixes: [B, T, M]; `read_BT` as of `hidden`."""
+        hidden_BTD = run_trees(
+            lambda **inputs: self._last_hidden(read_BT, **inputs), batch, device=self.device, dtype=self.model.dtype
+        )
         return self._scalars(hidden_BTD, batch.token_BT, batch)
 
     def scalars_at(self, row: TokenIds, places: Sequence[int], feature_PF: Tensor) -> Tensor:
@@ -268,9 +274,10 @@ class QFunction(nn.Module):
         words_1TM = word_scalars(self._word_values_of(token_1T), self.marks.others(token_1T))
         return feature_PF.to(self.device) @ self.heads.T + words_1TM[0, list(places)]
 
-    def forward(self, token_BT: Tensor) -> Tensor:
-        """Every ensemble member's scalar, before the link, at every token of rows padded on the right: [B, T, M]."""
-        return self._scalars(self.hidden(token_BT), token_BT)
+    def forward(self, token_BT: Tensor, read_BT: Tensor | None = None) -> Tensor:
+        """Every ensemble member's scalar, before the link, at every token of rows padded on the right: [B, T, M];
+        `read_BT` as of `hidden`."""
+        return self._scalars(self.hidden(token_BT, read_BT), token_BT)
 
     def _scalars(self, hidden_BTD: Tensor, token_BT: Tensor, tree: TreeBatch | None = None) -> Tensor:
         if self.marks is None:
@@ -283,12 +290,10 @@ class QFunction(nn.Module):
         """What each token is worth as somebody else's word [B, T, M]."""
         return nn.functional.embedding(token_BT.to(self.device), self.word_values)
 
-    def _last_hidden(self, **inputs: Tensor) -> Tensor:
+    def _last_hidden(self, read_BT: Tensor | None, **inputs: Tensor) -> Tensor:
+        read_BT = read_BT if self.marks is None else None  # a mean is over all tokens
         with gradient_pass(self.model):
-            hidden_BTD: Tensor = sharding.within(
-                self.model, lambda: self.model.base_model(**inputs, use_cache=False).last_hidden_state
-            )
-        return hidden_BTD.float()
+            return sharding.within(self.model, lambda: hidden_states(self.model, read_BT, **inputs)).float()
 
     def to_value(self, scalar: Tensor) -> Tensor:
         """The link."""
@@ -304,7 +309,7 @@ class QFunction(nn.Module):
             for rows, batch in tree_batches(
                 prompts, responses, tokens_per_batch=tokens_per_batch, share=takes_trees(self.model)
             ):
-                scalar_BM[rows] = batch.end(self.scalars_of_trees(batch)).cpu()
+                scalar_BM[rows] = batch.end(self.scalars_of_trees(batch, batch.at_ends())).cpu()
         return distributed.add_up(scalar_BM)  # each row is 0 but in one process
 
     def values(self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int) -> Tensor:
@@ -355,12 +360,16 @@ class QFunction(nn.Module):
         self,
         rows: Sequence[TokenIds],
         positions: Sequence[Sequence[int]],
-        of: Callable[[Tensor], Tensor],
+        of: Callable[[Tensor, Tensor], Tensor],
         *,
         tokens_per_batch: int,
         progress: Progress = no_progress,
     ) -> list[Tensor]:
-        """What `of` makes of token rows [B, T], at positions of each row; of several processes each reads its share."""
+        """What `of` makes of token rows [B, T], at positions of each row; of several processes each reads its share.
+
+        Args:
+            of: from the rows, and True at the positions.
+        """
         read: dict[int, Tensor] = {}
         with sharding.gathered(self.model):
             batches = own_micro_batches([len(row) for row in rows], tokens_per_batch=tokens_per_batch)
@@ -368,7 +377,10 @@ class QFunction(nn.Module):
             num_read = 0
             for batch in batches:
                 token_BT, _ = pad_right([rows[b] for b in batch])
-                x_BTX = of(token_BT).cpu()
+                read_BT = torch.zeros_like(token_BT, dtype=torch.bool)
+                for b, row in enumerate(batch):
+                    read_BT[b, list(positions[row])] = True
+                x_BTX = of(token_BT, read_BT).cpu()
                 for b, row in enumerate(batch):
                     read[row] = x_BTX[b, list(positions[row])]
                 num_read += sum(len(rows[b]) for b in batch)
@@ -385,8 +397,9 @@ class TokenValue(nn.Module):
         self.q_function = q_function
 
     def forward(self, batch: TreeBatch) -> Tensor:
-        """Value of the prefix that ends at each token of each tree: [B, T]."""
-        return self.q_function.to_value(self.q_function.scalars_of_trees(batch).mean(-1))
+        """Value of the prefix that ends before each response token, and at each response's last: there, in [B, T]."""
+        scalar_BTM = self.q_function.scalars_of_trees(batch, batch.at_responses())
+        return self.q_function.to_value(scalar_BTM.mean(-1))
 
 
 def load_card(folder: str | Path) -> QFunctionCard:
@@ -456,15 +469,12 @@ def _cut(model: PreTrainedModel, num_layers: int) -> None:
     Raises:
         ValueError: its layers cannot be told from its other parts.
     """
-    trunk, whole = model.base_model, _num_layers(model)
-    lists = [
-        name for name, module in trunk.named_modules() if isinstance(module, nn.ModuleList) and len(module) == whole
-    ]
-    if len(lists) != 1 or not 1 <= num_layers <= whole:
+    trunk, whole, name = model.base_model, _num_layers(model), layer_list(model)
+    if name is None or not 1 <= num_layers <= whole:
         raise ValueError(f"the first {num_layers} of {whole} layers of {name_of(model)} cannot be taken out of it")
-    layers = trunk.get_submodule(lists[0])
+    layers = trunk.get_submodule(name)
     assert isinstance(layers, nn.ModuleList)
-    trunk.set_submodule(lists[0], layers[:num_layers])
+    trunk.set_submodule(name, layers[:num_layers])
     trunk.config.get_text_config().num_hidden_layers = num_layers
 
 

@@ -49,12 +49,36 @@ class TreeBatch:
 
     def before(self, x_BT: Tensor) -> Tensor:
         """What stands at the token before each response token [R, L], or [R, L, D] of x [B, T, D]."""
-        return _at(x_BT, self.tree_R[:, None] * x_BT.shape[1] + self.before_RL)
+        return _at(x_BT, self._before_places)
 
     def end(self, x_BT: Tensor) -> Tensor:
         """What stands at each response's last token [R], or [R, D] of x [B, T, D]."""
+        return _at(x_BT, self._end_places)
+
+    def at_ends(self) -> Tensor:
+        """True at each response's last token [B, T]."""
+        return self._marked(self._end_places)
+
+    def at_responses(self) -> Tensor:
+        """True before each response token, and at each response's last, where it is computed [B, T]."""
+        places = self._before_places[self.mask_RL]
+        return self._marked(places if self.end_R is None else torch.cat([places, self._end_places]))
+
+    def _marked(self, place_N: Tensor) -> Tensor:
+        marked_BT = torch.zeros(self.token_BT.shape, dtype=torch.bool)
+        marked_BT.view(-1)[place_N] = True
+        return marked_BT
+
+    @property
+    def _before_places(self) -> Tensor:
+        """`before_RL`, counted through all trees."""
+        return self.tree_R[:, None] * self.token_BT.shape[1] + self.before_RL
+
+    @property
+    def _end_places(self) -> Tensor:
+        """`end_R`, counted through all trees."""
         assert self.end_R is not None, "the responses' last tokens were left out"
-        return _at(x_BT, self.tree_R * x_BT.shape[1] + self.end_R)
+        return self.tree_R * self.token_BT.shape[1] + self.end_R
 
 
 def _at(x_BT: Tensor, place: Tensor) -> Tensor:

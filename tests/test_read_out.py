@@ -1,6 +1,7 @@
 """Q as a read-out of frozen weights: what is read, how the heads are fitted, and that one pass is enough for everything."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -224,9 +225,11 @@ def test_trees_are_read_as_rows(base: Path):
     np.testing.assert_allclose(together, alone, rtol=0, atol=TOLERANCE)
     [(rows, batch)] = tree_batches(prompts, responses, tokens_per_batch=10_000)
     assert batch.attention_BTT is not None
-    own = q_function.scalars_of_trees(batch)
+    own = q_function.scalars_of_trees(batch, batch.at_ends())
     np.testing.assert_allclose(batch.end(own), alone[rows], rtol=0, atol=TOLERANCE)
-    hidden_BTD = run_trees(q_function._last_hidden, batch, device=q_function.device, dtype=torch.float32)
+    hidden_BTD = run_trees(
+        functools.partial(q_function._last_hidden, None), batch, device=q_function.device, dtype=torch.float32
+    )
     others_BT = tiny.MARKS.others(batch.token_BT)
     words_BTM = conversation_features.word_scalars(q_function.word_values[batch.token_BT], others_BT)
     wrong = conversation_features.features(hidden_BTD, others_BT) @ q_function.heads.T + words_BTM

@@ -69,7 +69,8 @@ def improve(
         policy: start and anchor; not changed.
         prompts: token ids of each prompt; every update answers `prompts_per_update` of them, each prompt equally often.
         reward: scores whole responses; the token at which it is paid is the response's last.
-        token_value: for PPO: a module from (token_BT, mask_BT) to the value of each prefix [B, T]; not changed.
+        token_value: for PPO: a module from a `TreeBatch` to the value of the prefix that ends at each of its tokens [B, T],
+            which is read before response tokens; not changed.
         generator: all randomness of the step.
         tokens_per_batch: padded tokens in one forward and backward pass; the result does not depend on it.
         on_update: called after each update with its metrics and the policy as it then is.

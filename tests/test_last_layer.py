@@ -1,0 +1,138 @@
+"""The last layer's feed-forward block at the tokens that are read: the same numbers, from fewer of them."""
+
+from collections.abc import Callable
+
+import pytest
+import tiny
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from iterative_ppo.activation_checkpointing import gradient_pass, keep_no_activations
+from iterative_ppo.adapters import add_adapter
+from iterative_ppo.last_layer import hidden_states
+
+TOKEN_BT = torch.randint(5, 12, (3, 11), generator=torch.Generator().manual_seed(0))
+READ_BT = torch.rand((3, 11), generator=torch.Generator().manual_seed(1)) < 0.4
+SIZES = {
+    "vocab_size": 12,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "initializer_range": 0.2,
+    "pad_token_id": tiny.PAD,
+}
+
+
+def family(config: str, **settings: object) -> Callable[[], PreTrainedModel]:
+    def make() -> PreTrainedModel:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(getattr(transformers, config)(**(SIZES | settings))).eval()
+
+    return make
+
+
+def with_adapter() -> PreTrainedModel:
+    model = tiny.llama(12)
+    model.requires_grad_(False)
+    add_adapter(model, rank=4, seed=0)
+    return model
+
+
+PLAIN = {
+    "llama": lambda: tiny.llama(12),
+    "adapter": with_adapter,
+    "gpt2": lambda: tiny.gpt2(12),
+    "qwen3": family("Qwen3Config", num_key_value_heads=2, head_dim=8),
+    "gemma2": family("Gemma2Config", num_key_value_heads=2, head_dim=8),
+    "gemma3": family("Gemma3TextConfig", num_key_value_heads=2, head_dim=8),
+    "phi": family("PhiConfig"),
+    "gpt_neox": family("GPTNeoXConfig"),
+}
+EXPERTS = {
+    "mixtral": family("MixtralConfig", num_key_value_heads=2, num_local_experts=4),
+    "qwen3_moe": family(
+        "Qwen3MoeConfig",
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+    ),
+    "gpt_oss": family("GptOssConfig", num_key_value_heads=2, head_dim=8, num_local_experts=4),
+}
+
+
+def read_and_gradients(model: PreTrainedModel, read_BT: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """Hidden states at the tokens that are read, and the gradients of all weights from a function of those."""
+    with gradient_pass(model):
+        hidden_ND = hidden_states(model, read_BT, input_ids=TOKEN_BT)[READ_BT]
+    weights = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(hidden_ND.sin().sum(), weights, allow_unused=True)
+    return hidden_ND.detach(), [gradient for gradient in gradients if gradient is not None]
+
+
+def last_block(model: PreTrainedModel) -> nn.Module:
+    [layers] = [module for module in model.modules() if isinstance(module, nn.ModuleList) and hasattr(module[0], "mlp")]
+    return layers[-1].mlp
+
+
+def tokens_seen(model: PreTrainedModel, read_BT: Tensor | None) -> int:
+    """Tokens that go through the activation of the last feed-forward block in one pass."""
+    seen = 0
+
+    def count(_: nn.Module, arguments: tuple[Tensor], __: object) -> None:
+        nonlocal seen
+        seen += arguments[0].shape[:-1].numel()
+
+    activation = next(child for name, child in last_block(model).named_children() if "act" in name)
+    handle = activation.register_forward_hook(count)
+    hidden_states(model, read_BT, input_ids=TOKEN_BT)
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *EXPERTS])
+def test_what_is_read_and_its_gradients_are_those_of_the_whole_layer(name: str):
+    model = (PLAIN | EXPERTS)[name]()
+    whole, part = read_and_gradients(model, None), read_and_gradients(model, READ_BT)
+    torch.testing.assert_close(part[0], whole[0], rtol=0, atol=1e-5)
+    assert len(part[1]) == len(whole[1]) > 0
+    for ours, theirs in zip(part[1], whole[1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_block_is_computed_at_the_tokens_that_are_read_alone(name: str):
+    model = PLAIN[name]()
+    assert tokens_seen(model, None) == TOKEN_BT.numel()
+    assert tokens_seen(model, READ_BT) == READ_BT.sum()
+    whole_BTD, part_BTD = (hidden_states(model, read_BT, input_ids=TOKEN_BT) for read_BT in (None, READ_BT))
+    assert not torch.allclose(part_BTD[~READ_BT], whole_BTD[~READ_BT], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_see_all_tokens(name: str):
+    """They are routed, and their blocks return more than hidden states: nothing is left out."""
+    model = EXPERTS[name]()
+    whole_BTD, same_BTD = (hidden_states(model, read_BT, input_ids=TOKEN_BT) for read_BT in (None, READ_BT))
+    torch.testing.assert_close(same_BTD, whole_BTD, rtol=0, atol=0)
+
+
+def test_activations_that_are_computed_again_are_those_of_all_tokens():
+    """The backward pass computes the layer again when the forward pass is over."""
+    kept, forgotten = tiny.llama(12), tiny.llama(12)
+    keep_no_activations(forgotten)
+    for ours, theirs in zip(read_and_gradients(forgotten, READ_BT)[1], read_and_gradients(kept, None)[1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    with torch.no_grad(), gradient_pass(forgotten):
+        assert tokens_seen(forgotten, READ_BT) == READ_BT.sum(), "without a gradient nothing is computed again"
+
+
+def test_nothing_is_left_on_the_model_when_a_pass_fails():
+    model = tiny.llama(12)
+    with pytest.raises(IndexError):
+        hidden_states(model, READ_BT, input_ids=TOKEN_BT + 100)
+    assert tokens_seen(model, None) == TOKEN_BT.numel()
