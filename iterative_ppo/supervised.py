@@ -1,7 +1,8 @@
 """Supervised fitting in passes over sequences, with early stopping on a held-out part: cloning and the Q-function."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,14 +83,15 @@ def fit_passes(
         total_steps=total_steps,
     )
 
-    def held_out_loss() -> float:
+    def held_out_loss() -> float | None:
+        if not held_out_rows:
+            return None
         return mean_loss(model, loss_sum_and_weight, lengths, held_out_rows, tokens_per_batch=tokens_per_batch)
 
-    held_out_losses = [held_out_loss()] if held_out_rows else []
+    best = _BestPass(model)
+    best.look(0, held_out_loss())
     train_losses: list[float] = []
     [dropout] = generator.spawn(1)
-    devices = [] if parameters[0].device.type == "cpu" else [parameters[0].device]
-    best_pass, best_weights = 0, trained_weights(model)
     for pass_ in range(1, max_passes + 1):
         if before_pass:
             model.eval()
@@ -101,8 +103,7 @@ def fit_passes(
         order = generator.permutation(np.asarray(train_rows)).tolist()
         for step in range(steps_per_pass):
             rows = order[step * rows_per_step : (step + 1) * rows_per_step]
-            with torch.random.fork_rng(devices):
-                torch.manual_seed(int(dropout.integers(2**63)) + distributed.rank())
+            with _dropout_seeded(int(dropout.integers(2**63)), parameters[0].device):
                 loss, weight = accumulate_gradient(
                     loss_sum_and_weight,
                     rows,
@@ -114,16 +115,43 @@ def fit_passes(
             optimizer.step()
             progress(what, (pass_ - 1) * steps_per_pass + step + 1, total_steps)
         train_losses.append(pass_loss / max(pass_weight, 1e-12))
-        if held_out_rows:
-            held_out_losses.append(held_out_loss())
-        if not held_out_rows or held_out_losses[-1] < held_out_losses[best_pass]:
-            best_pass, best_weights = pass_, trained_weights(model)
-        elif pass_ - max(best_pass, 1) >= patience_passes:
+        best.look(pass_, held_out_loss())
+        if pass_ - max(best.pass_, 1) >= patience_passes:
             break
     progress(what, total_steps, total_steps)
-    restore_weights(model, best_weights)
+    restore_weights(model, best.weights)
     model.eval()
-    return FitHistory(train_losses=tuple(train_losses), held_out_losses=tuple(held_out_losses), best_pass=best_pass)
+    return FitHistory(
+        train_losses=tuple(train_losses),
+        held_out_losses=tuple(best.losses),
+        best_pass=best.pass_,
+    )
+
+
+class _BestPass:
+    """The pass with the smallest held-out loss so far, and its weights; the last one where nothing is held out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.losses: list[float] = []
+        self.pass_ = 0
+        self.weights = trained_weights(model)
+
+    def look(self, pass_: int, held_out_loss: float | None) -> None:
+        """Looks at the model as it is after a pass (0: before the first)."""
+        is_best = held_out_loss is None or not self.losses or held_out_loss < self.losses[self.pass_]
+        if held_out_loss is not None:
+            self.losses.append(held_out_loss)
+        if is_best and pass_ > 0:
+            self.pass_, self.weights = pass_, trained_weights(self.model)
+
+
+@contextmanager
+def _dropout_seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within it, dropout is decided by the seed and the process; the generators outside are as they were."""
+    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+        torch.manual_seed(seed + distributed.rank())
+        yield
 
 
 def trained_weights(module: nn.Module) -> dict[str, Tensor]:
