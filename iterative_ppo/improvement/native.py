@@ -5,6 +5,7 @@ that into token advantages and makes a few clipped gradient passes. The anchor i
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,20 +20,19 @@ from iterative_ppo.config import ImprovementConfig
 from iterative_ppo.improvement.base import Improvement, RewardFunction, UpdateMetrics
 from iterative_ppo.improvement.responses import (
     Responses,
-    collapse,
     fresh_responses,
     num_responses_for_kl,
     paced_kl_coefficient,
     prompt_batches,
     sample_responses,
     shuffled,
-    step_back,
+    stop_reason,
 )
 from iterative_ppo.policy import Policy
 from iterative_ppo.rendering import TokenIds
 from iterative_ppo.sharding import adamw, clip_gradients, gathered, has_shards
 from iterative_ppo.shared_prefix import families, takes_trees, tree_batches
-from iterative_ppo.supervised import Progress, no_progress, restore_weights, trained_weights
+from iterative_ppo.supervised import Progress, no_progress, trained_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +94,8 @@ def improve(
 
     good_weights = trained_weights(candidate.model)
     updates: list[UpdateMetrics] = []
-    stop_reason = ""
-    while not stop_reason:
+    ended = ""
+    while not ended:
         is_last = len(updates) == config.num_updates
         if is_last:
             responses = fresh(num_responses_for_kl(config))
@@ -103,15 +103,12 @@ def improve(
             responses = rollout = sample_rollout(
                 candidate, policy, next(batches), reward, generator=generator, tokens_per_batch=tokens_per_batch
             )
-        if problem := collapse(responses, updates, config):
-            stop_reason = f"collapse: {problem}"
-            restore_weights(candidate.model, good_weights)
-        elif responses.kl > config.kl_target:
-            stop_reason = "kl_target"
-            step_back(candidate, good_weights, lambda: fresh(1).kl <= config.kl_target)
-        elif is_last:
-            stop_reason = "updates"
-        else:
+        ended = stop_reason(
+            candidate, responses, updates, config, good_weights=good_weights, fresh=functools.partial(fresh, 1)
+        )
+        if is_last and not ended:
+            ended = "updates"
+        elif not ended:
             good_weights = trained_weights(candidate.model)
             if config.adaptive_kl and updates:
                 learner.kl_coefficient = paced_kl_coefficient(learner.kl_coefficient, rollout.kl, len(updates), config)
@@ -124,8 +121,8 @@ def improve(
     progress("improve", config.num_updates, config.num_updates)
     candidate.model.eval()
     # Where a measurement decided what is kept, it is too low on average: measured once more.
-    kl = responses.kl if stop_reason == "updates" else fresh(num_responses_for_kl(config)).kl
-    return Improvement(candidate=candidate, updates=tuple(updates), kl=kl, stop_reason=stop_reason)
+    kl = responses.kl if ended == "updates" else fresh(num_responses_for_kl(config)).kl
+    return Improvement(candidate=candidate, updates=tuple(updates), kl=kl, stop_reason=ended)
 
 
 def sample_rollout(

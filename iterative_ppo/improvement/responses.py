@@ -109,7 +109,31 @@ def paced_kl_coefficient(kl_coefficient: float, kl: float, num_updates: int, con
     return losses.adapted_kl_coefficient(kl_coefficient, kl, kl_target=pace)
 
 
-def step_back(policy: Policy, good_weights: dict[str, Tensor], is_good: Callable[[], bool]) -> None:
+def stop_reason(
+    candidate: Policy,
+    responses: Responses,
+    updates: Sequence[UpdateMetrics],
+    config: ImprovementConfig,
+    *,
+    good_weights: dict[str, Tensor],
+    fresh: Callable[[], Responses],
+) -> str:
+    """Why the step ends at these responses of the candidate, which is then a good one again; empty where it goes on.
+
+    Args:
+        good_weights: of the last policy that was within the budget.
+        fresh: samples responses of the candidate as it is.
+    """
+    if problem := collapse(responses, updates, config):
+        restore_weights(candidate.model, good_weights)
+        return f"collapse: {problem}"
+    if responses.kl > config.kl_target:
+        _step_back(candidate, good_weights, lambda: fresh().kl <= config.kl_target)
+        return "kl_target"
+    return ""
+
+
+def _step_back(policy: Policy, good_weights: dict[str, Tensor], is_good: Callable[[], bool]) -> None:
     """Goes back along the last update until the policy is good again: half of it, a quarter, ..., none."""
     far_weights = trained_weights(policy.model)
     for share in (0.5, 0.25, 0.125):

@@ -37,12 +37,11 @@ from iterative_ppo.config import ImprovementConfig
 from iterative_ppo.improvement.base import Improvement, RewardFunction, UpdateMetrics
 from iterative_ppo.improvement.responses import (
     Responses,
-    collapse,
     fresh_responses,
     num_responses_for_kl,
     paced_kl_coefficient,
     prompt_batches,
-    step_back,
+    stop_reason,
 )
 from iterative_ppo.policy import Policy
 from iterative_ppo.rendering import TokenIds
@@ -269,12 +268,16 @@ class _Watch(TrainerCallback):
         )
         restore_weights(self.candidate.model, _trained_weights(self.trainer.model))
         self.responses = self._fresh()
-        if problem := collapse(self.responses, self.updates, self.config):
-            self.stop_reason = f"collapse: {problem}"
-            restore_weights(self.candidate.model, self.good_weights)
-        elif self.responses.kl > self.config.kl_target:
-            self.stop_reason = "kl_target"
-            step_back(self.candidate, self.good_weights, lambda: self._fresh().kl <= self.config.kl_target)
+        ended = stop_reason(
+            self.candidate,
+            self.responses,
+            self.updates,
+            self.config,
+            good_weights=self.good_weights,
+            fresh=self._fresh,
+        )
+        if ended:
+            self.stop_reason = ended
         else:
             self.good_weights = trained_weights(self.candidate.model)
             if self.config.adaptive_kl:
