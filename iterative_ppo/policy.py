@@ -388,7 +388,9 @@ class Policy:
             batch = response_targets([(sequences[row].token_ids, sequences[row].spans) for row in rows])
             precedes_BT = batch.precedes_target_BT.to(self.device)
             logits_NV = self._logits_at(
-                lambda x_BTD: x_BTD[precedes_BT], precedes_BT, input_ids=batch.token_BT.to(self.device)
+                lambda x_BTD: x_BTD[precedes_BT],
+                batch.precedes_target_BT,
+                input_ids=batch.token_BT.to(self.device),
             )
             return -token_logprobs(logits_NV, batch.target_N.to(self.device)).sum(), precedes_BT.sum()
 
