@@ -30,7 +30,7 @@ from iterative_ppo.config import PolicyConfig
 from iterative_ppo.last_layer import hidden_states
 from iterative_ppo.losses import token_logprobs
 from iterative_ppo.rendering import Renderer, TokenIds, TurnSequence
-from iterative_ppo.sampling import ConversationCache, SampledResponses
+from iterative_ppo.sampling import ConversationCache, SampledResponses, cache_bytes_per_token
 from iterative_ppo.shared_prefix import families, run_trees, takes_trees, tree_batches
 from iterative_ppo.supervised import FitHistory, Progress, fit_passes, hidden_matrices, no_progress
 
@@ -39,6 +39,8 @@ TINY_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _SAMPLING_ROWS = 512
+_SAMPLING_CACHE_BYTES = 2 << 30
+"""Of keys and values of the responses that are sampled together on a CPU; on a GPU they may take half of what is free."""
 _SMALLEST_FOR_ADAPTERS = 10_000_000
 _TINY_SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
@@ -262,7 +264,7 @@ class Policy:
         responses: dict[int, tuple[TokenIds, tuple[float, ...]]] = {}
         num_done = 0
         with sharding.gathered(self.model):
-            for chunk in _sampling_chunks(prompts, _own_families(prompts)):
+            for chunk in _sampling_chunks(prompts, _own_families(prompts), self._max_sampling_rows()):
                 rows = [row for family in chunk for row in family]
                 cache = self.conversation_cache()
                 cache.encode([prompts[family[-1]] for family in chunk])
@@ -276,6 +278,16 @@ class Policy:
             token_ids=tuple(responses[row][0] for row in range(len(prompts))),
             token_logprobs=tuple(responses[row][1] for row in range(len(prompts))),
         )
+
+    def _max_sampling_rows(self) -> Callable[[int], int]:
+        """How many responses to prompts of so many tokens are sampled together: keys and values must fit into memory."""
+        num_bytes = _SAMPLING_CACHE_BYTES
+        if self.device.type == "cuda":
+            kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            num_bytes = (torch.cuda.mem_get_info(self.device)[0] + kept) // 2
+        max_tokens = num_bytes // cache_bytes_per_token(self.model)
+        response_tokens = self.config.max_response_tokens
+        return lambda prompt_tokens: min(_SAMPLING_ROWS, max(1, max_tokens // (prompt_tokens + response_tokens)))
 
     def response_logits(
         self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int
@@ -448,14 +460,21 @@ def _own_families(prompts: Sequence[TokenIds]) -> list[list[int]]:
     return [cut[place] for place in distributed.share_of([len(family) for family in cut])]
 
 
-def _sampling_chunks(prompts: Sequence[TokenIds], groups: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-    """Families of prompts in chunks of at most `_SAMPLING_ROWS` rows, the shortest first."""
+def _sampling_chunks(
+    prompts: Sequence[TokenIds], groups: Sequence[list[int]], max_rows_of: Callable[[int], int]
+) -> Iterator[list[list[int]]]:
+    """Families of prompts in chunks, the shortest first.
+
+    Args:
+        max_rows_of: how many rows a chunk has at most whose longest prompt has so many tokens.
+    """
     chunk: list[list[int]] = []
     num_rows = 0
     for whole in sorted(groups, key=lambda family: len(prompts[family[-1]])):
-        for start in range(0, len(whole), _SAMPLING_ROWS):
-            family = whole[start : start + _SAMPLING_ROWS]
-            if num_rows + len(family) > _SAMPLING_ROWS:
+        max_rows = max_rows_of(len(prompts[whole[-1]]))
+        for start in range(0, len(whole), max_rows):
+            family = whole[start : start + max_rows]
+            if chunk and num_rows + len(family) > max_rows:
                 yield chunk
                 chunk, num_rows = [], 0
             chunk.append(family)

@@ -87,6 +87,14 @@ def _with_room(states: Tensor, num_rows: int, num_slots: int) -> Tensor:
     return states.new_empty((num_rows, num_heads, num_slots + room, size))
 
 
+def cache_bytes_per_token(model: PreTrainedModel) -> int:
+    """What the keys and values of one token take."""
+    config = model.config.get_text_config()
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * num_heads * head_size * model.dtype.itemsize)
+
+
 class ConversationCache:
     """Samples responses for a batch of conversations, turn after turn, keeping what was encoded.
 

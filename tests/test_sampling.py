@@ -11,9 +11,10 @@ import torch
 from scipy import stats
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from iterative_ppo import policy as policy_module
 from iterative_ppo.policy import Policy
 from iterative_ppo.rendering import TokenIds
-from iterative_ppo.sampling import ConversationCache, SampledResponses
+from iterative_ppo.sampling import ConversationCache, SampledResponses, cache_bytes_per_token
 
 MODELS = [tiny.llama, tiny.grouped_query_llama, tiny.gpt2]
 TOLERANCE = 1e-5
@@ -356,3 +357,33 @@ def test_another_number_of_rows_is_another_batch():
     cache.sample(words(generator, 3, 4), uniforms(generator, 2, policy))
     prompts = words(generator, 5, 2, 8)
     assert_as_from_scratch(policy, prompts, cache.sample(prompts, uniforms(generator, 3, policy)))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_responses_that_are_sampled_together_fit_into_memory(
+    model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+):
+    """Keys and values of 40 tokens, 8 a row for the response: 3 rows with prompts of 5, 2 of 9 (or one of 5 and one of
+    9), 1 of 20, and 1 of 40 although it is too long."""
+    policy = tiny.letter_policy(model)
+    generator = np.random.default_rng(0)
+    lengths = [5, 12, 5, 40, 5, 9, 5, 20]
+    prompts = tiny.random_rows(generator, lengths, low=5, high=12)
+    prompts += [prompts[-1]] * 2  # three responses to the one of 20
+    uniforms_BT = generator.random((len(prompts), policy.config.max_response_tokens))
+    expected = policy.sample(prompts, uniforms_BT)
+    sampled_together: list[int] = []
+    sample = ConversationCache.sample
+
+    def spy(cache: ConversationCache, chunk: Sequence[TokenIds], uniforms: np.ndarray) -> SampledResponses:
+        sampled_together.append(len(chunk))
+        sampled = sample(cache, chunk, uniforms)
+        [layer, *_] = cache._cache.layers
+        bytes_of_slot = layer.keys[:, :, 0].nbytes + layer.values[:, :, 0].nbytes
+        assert bytes_of_slot * len(cache._cache.layers) == len(chunk) * cache_bytes_per_token(policy.model)
+        return sampled
+
+    monkeypatch.setattr(ConversationCache, "sample", spy)
+    monkeypatch.setattr(policy_module, "_SAMPLING_CACHE_BYTES", 40 * cache_bytes_per_token(policy.model))
+    assert policy.sample(prompts, uniforms_BT).token_ids == expected.token_ids
+    assert sampled_together == [3, 2, 1, 1, 1, 1, 1]
