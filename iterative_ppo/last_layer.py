@@ -5,6 +5,7 @@ and nowhere else. The feed-forward block that follows, two thirds of a layer's a
 nobody reads: the prompts, mostly.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,12 +48,17 @@ def _feed_forward_at(model: PreTrainedModel, read_BT: Tensor | None) -> Iterator
         yield
         return
     place_N = read_BT.flatten().nonzero().squeeze(1).to(model.device)
+    thread = threading.get_ident()  # others may run the same model meanwhile, as the Q server's do
 
-    def take(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+    def take(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor] | None:
+        if threading.get_ident() != thread:
+            return None
         [x_BTD] = arguments
         return (x_BTD.flatten(0, 1).index_select(0, place_N)[None],)
 
-    def put_back(_: nn.Module, __: tuple[Tensor], y_1ND: Tensor) -> Tensor:
+    def put_back(_: nn.Module, __: tuple[Tensor], y_1ND: Tensor) -> Tensor | None:
+        if threading.get_ident() != thread:
+            return None
         nothing_SD = y_1ND.new_zeros(read_BT.numel(), y_1ND.shape[-1])
         return nothing_SD.index_copy(0, place_N, y_1ND[0]).unflatten(0, tuple(read_BT.shape))
 

@@ -1,6 +1,8 @@
 """The last layer's feed-forward block at the tokens that are read: the same numbers, from fewer of them."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
@@ -129,6 +131,26 @@ def test_activations_that_are_computed_again_are_those_of_all_tokens():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     with torch.no_grad(), gradient_pass(forgotten):
         assert tokens_seen(forgotten, READ_BT) == READ_BT.sum(), "without a gradient nothing is computed again"
+
+
+def test_threads_that_share_a_model_read_what_they_asked_for():
+    """As the Q server's threads do: other tokens, other shapes, and all tokens, at the same time."""
+    model = tiny.llama(12)
+    generator = torch.Generator().manual_seed(0)
+    token_BT = [torch.randint(5, 12, (2, 5 + i), generator=generator) for i in range(8)]
+    read_BT = [torch.rand(token.shape, generator=generator) < 0.1 + 0.1 * i for i, token in enumerate(token_BT)]
+    barrier = threading.Barrier(len(token_BT))
+
+    def largest_error(i: int) -> float:
+        with torch.no_grad():
+            whole_ND = hidden_states(model, None, input_ids=token_BT[i])[read_BT[i]]
+            barrier.wait()
+            asked = read_BT[i] if i % 4 else None
+            parts = [hidden_states(model, asked, input_ids=token_BT[i])[read_BT[i]] for _ in range(200)]
+        return max([float((part - whole_ND).abs().max()) for part in parts if part.numel()], default=0.0)
+
+    with ThreadPoolExecutor(len(token_BT)) as threads:
+        assert max(threads.map(largest_error, range(len(token_BT)))) < 1e-5
 
 
 def test_nothing_is_left_on_the_model_when_a_pass_fails():
