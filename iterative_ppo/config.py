@@ -188,7 +188,7 @@ class ImprovementConfig(_Section):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig(_Section):
     conversations: Annotated[int, _Range(2)] = 1000
-    """Fresh conversations with each of current policy and candidate, on common random numbers."""
+    """Fresh conversations with each of current policy and candidate, on common random numbers. In a step from logs, which has no customers: how many logged prompts both of them answer, at least."""
     confidence: Annotated[float, _Range(0.5, 0.9999)] = 0.95
     """The candidate is promoted when it is better with this (one-sided) confidence."""
 

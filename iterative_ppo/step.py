@@ -27,7 +27,6 @@ from iterative_ppo.turns_to_tokens import TokenizedTurns, tokenize
 _START, _FIT, _GRADER, _FOLDS, _IMPROVE, _GRADE = range(10, 16)
 _LOG = "conversations.jsonl"
 _ARGUMENTS = "arguments.json"
-_NUM_GRADED_PROMPTS = 2000
 _NUM_SAMPLES_SHOWN = 12
 
 
@@ -166,7 +165,7 @@ class Step:
             turns = tokenize(self.conversations[i], policy.renderer)
             tokenized.append((i, turns))
             num_prompts += len(turns.prompts)
-            if num_prompts >= _NUM_GRADED_PROMPTS:
+            if num_prompts >= self.config.evaluation.conversations:
                 break
         prompts = [prompt for _, turns in tokenized for prompt in turns.prompts]
         groups = [self.groups[i] for i, turns in tokenized for _ in turns.prompts]
