@@ -1,7 +1,6 @@
 """A language model as the policy π(response | prompt): load, sample, score, clone from logs, save."""
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +29,15 @@ from iterative_ppo.config import PolicyConfig
 from iterative_ppo.last_layer import hidden_states
 from iterative_ppo.losses import token_logprobs
 from iterative_ppo.rendering import Renderer, TokenIds, TurnSequence
-from iterative_ppo.sampling import ConversationCache, SampledResponses, cache_bytes_per_token
-from iterative_ppo.shared_prefix import families, run_trees, takes_trees, tree_batches
+from iterative_ppo.sampling import ConversationCache, SampledResponses
+from iterative_ppo.sampling_chunks import own_chunks
+from iterative_ppo.shared_prefix import run_trees, takes_trees, tree_batches
 from iterative_ppo.supervised import FitHistory, Progress, fit_passes, hidden_matrices, no_progress
 
 TINY_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-_SAMPLING_ROWS = 512
-_SAMPLING_CACHE_BYTES = 2 << 30
-"""Of keys and values of the responses that are sampled together on a CPU; on a GPU they may take half of what is free."""
 _SMALLEST_FOR_ADAPTERS = 10_000_000
 _TINY_SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
@@ -264,7 +261,7 @@ class Policy:
         responses: dict[int, tuple[TokenIds, tuple[float, ...]]] = {}
         num_done = 0
         with sharding.gathered(self.model):
-            for chunk in _sampling_chunks(prompts, _own_families(prompts), self._max_sampling_rows()):
+            for chunk in own_chunks(prompts, self.model, max_response_tokens=self.config.max_response_tokens):
                 rows = [row for family in chunk for row in family]
                 cache = self.conversation_cache()
                 cache.encode([prompts[family[-1]] for family in chunk])
@@ -278,16 +275,6 @@ class Policy:
             token_ids=tuple(responses[row][0] for row in range(len(prompts))),
             token_logprobs=tuple(responses[row][1] for row in range(len(prompts))),
         )
-
-    def _max_sampling_rows(self) -> Callable[[int], int]:
-        """How many responses to prompts of so many tokens are sampled together: keys and values must fit into memory."""
-        num_bytes = _SAMPLING_CACHE_BYTES
-        if self.device.type == "cuda":
-            kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            num_bytes = (torch.cuda.mem_get_info(self.device)[0] + kept) // 2
-        max_tokens = num_bytes // cache_bytes_per_token(self.model)
-        response_tokens = self.config.max_response_tokens
-        return lambda prompt_tokens: min(_SAMPLING_ROWS, max(1, max_tokens // (prompt_tokens + response_tokens)))
 
     def response_logits(
         self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds], *, tokens_per_batch: int
@@ -451,36 +438,6 @@ def _is_trained_by_adapter(source: str | Path, config: PolicyConfig) -> bool:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
     return sum(p.numel() for p in model.parameters()) >= _SMALLEST_FOR_ADAPTERS
-
-
-def _own_families(prompts: Sequence[TokenIds]) -> list[list[int]]:
-    """This process's share of the families of prompts; one that is more than a share is cut."""
-    size = math.ceil(len(prompts) / distributed.world_size())
-    cut = [family[start : start + size] for family in families(prompts) for start in range(0, len(family), size)]
-    return [cut[place] for place in distributed.share_of([len(family) for family in cut])]
-
-
-def _sampling_chunks(
-    prompts: Sequence[TokenIds], groups: Sequence[list[int]], max_rows_of: Callable[[int], int]
-) -> Iterator[list[list[int]]]:
-    """Families of prompts in chunks, the shortest first.
-
-    Args:
-        max_rows_of: how many rows a chunk has at most whose longest prompt has so many tokens.
-    """
-    chunk: list[list[int]] = []
-    num_rows = 0
-    for whole in sorted(groups, key=lambda family: len(prompts[family[-1]])):
-        max_rows = max_rows_of(len(prompts[whole[-1]]))
-        for start in range(0, len(whole), max_rows):
-            family = whole[start : start + max_rows]
-            if chunk and num_rows + len(family) > max_rows:
-                yield chunk
-                chunk, num_rows = [], 0
-            chunk.append(family)
-            num_rows += len(family)
-    if chunk:
-        yield chunk
 
 
 def _tiny_tokenizer(texts: Iterable[str], config: PolicyConfig) -> PreTrainedTokenizerFast:

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from iterative_ppo import policy as policy_module
+from iterative_ppo import sampling_chunks
 from iterative_ppo.policy import Policy
 from iterative_ppo.rendering import TokenIds
 from iterative_ppo.sampling import ConversationCache, SampledResponses, cache_bytes_per_token
@@ -384,6 +384,6 @@ def test_responses_that_are_sampled_together_fit_into_memory(
         return sampled
 
     monkeypatch.setattr(ConversationCache, "sample", spy)
-    monkeypatch.setattr(policy_module, "_SAMPLING_CACHE_BYTES", 40 * cache_bytes_per_token(policy.model))
+    monkeypatch.setattr(sampling_chunks, "_CACHE_BYTES", 40 * cache_bytes_per_token(policy.model))
     assert policy.sample(prompts, uniforms_BT).token_ids == expected.token_ids
     assert sampled_together == [3, 2, 1, 1, 1, 1, 1]
