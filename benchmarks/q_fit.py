@@ -98,8 +98,7 @@ def row_per_turn(
 
     def loss_sum_and_weight(batch: list[int]) -> tuple[Tensor, Tensor]:
         token_BT, mask_BT = pad_right([rows[row] for row in batch])
-        is_end_BT = mask_BT & ~mask_BT.roll(-1, dims=1)
-        is_end_BT[:, -1] = mask_BT[:, -1]
+        is_end_BT = mask_BT & (mask_BT.cumsum(1) == mask_BT.sum(1, keepdim=True))
         hidden_BD = q_function.hidden(token_BT, is_end_BT)[is_end_BT]
         target_B1 = torch.tensor([[targets[row]] for row in batch])
         loss_B1 = binary_cross_entropy(hidden_BD @ q_function.heads.T, target_B1)

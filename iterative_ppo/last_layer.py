@@ -7,7 +7,7 @@ nobody reads: the prompts, mostly.
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def hidden_states(model: PreTrainedModel, read_BT: Tensor | None, **inputs: Any)
         read_BT: True at the tokens that are read; what stands at the others means nothing. Default: all are read.
         inputs: of the trunk, token ids [B, T] first of all.
     """
-    with _feed_forward_at(model, read_BT):
+    with nullcontext() if read_BT is None else _feed_forward_at(model, read_BT):
         hidden_BTD: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
     return hidden_BTD
 
@@ -41,10 +41,10 @@ def layer_list(model: PreTrainedModel) -> str | None:
 
 
 @contextmanager
-def _feed_forward_at(model: PreTrainedModel, read_BT: Tensor | None) -> Iterator[None]:
+def _feed_forward_at(model: PreTrainedModel, read_BT: Tensor) -> Iterator[None]:
     """Around a forward pass: the last layer's feed-forward block is computed at some tokens, and gives 0 at the others."""
-    block = None if read_BT is None or bool(read_BT.all()) else _last_feed_forward(model)
-    if block is None or read_BT is None:
+    block = None if read_BT.all() else _last_feed_forward(model)
+    if block is None:
         yield
         return
     place_N = read_BT.flatten().nonzero().squeeze(1).to(model.device)
