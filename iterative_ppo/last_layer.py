@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -26,6 +26,12 @@ def hidden_states(model: PreTrainedModel, read_BT: Tensor | None, **inputs: Any)
     with nullcontext() if read_BT is None else _feed_forward_at(model, read_BT):
         hidden_BTD: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
     return hidden_BTD
+
+
+def extend_cache(model: PreTrainedModel, cache: Cache, *, input_ids: Tensor, **inputs: Any) -> None:
+    """Takes the keys and values of tokens [B, T] into a cache; their hidden states nobody reads."""
+    with _feed_forward_at(model, torch.zeros(input_ids.shape, dtype=torch.bool)):
+        model.base_model(input_ids=input_ids, past_key_values=cache, use_cache=True, **inputs)
 
 
 def layer_list(model: PreTrainedModel) -> str | None:

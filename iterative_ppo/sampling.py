@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from iterative_ppo import sharding
+from iterative_ppo.last_layer import extend_cache
 from iterative_ppo.losses import token_logprobs
 from iterative_ppo.rendering import TokenIds, common_prefix_length
 
@@ -181,12 +183,13 @@ class ConversationCache:
         self._compact(always=self._is_gapless)
         width = max((len(tokens) for tokens in fresh), default=0)
         if width:
-            self._append(fresh, width)
+            inputs = self._appended(fresh, width)
+            sharding.within(self.model, lambda: extend_cache(self.model, self._cache, **inputs))
             if self._is_gapless:
                 self._compact(always=True)
 
-    def _append(self, fresh: Sequence[Sequence[int]], width: int) -> Tensor:
-        """Runs the model over new tokens of every row (padded on the right). Returns the last slot's logits [B, V]."""
+    def _appended(self, fresh: Sequence[Sequence[int]], width: int) -> dict[str, Tensor]:
+        """Notes new tokens of every row (padded on the right), and gives what the model takes to run over them."""
         start = self._mask_BS.shape[1]
         length_B1 = np.array([[len(tokens)] for tokens in fresh])
         seen_B1 = np.array([[len(tokens)] for tokens in self._token_ids])
@@ -202,15 +205,7 @@ class ConversationCache:
         self.num_encoded_tokens += int(length_B1.sum())
         token, mask, position = torch.from_numpy(block).to(self.model.device)
         self._mask_BS = torch.cat([self._mask_BS, mask], dim=1)
-        output = self.model(
-            input_ids=token,
-            attention_mask=self._mask_BS,
-            position_ids=position,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]
+        return {"input_ids": token, "attention_mask": self._mask_BS, "position_ids": position}
 
     def _decode(self, last_tokens: Sequence[int], uniforms_BT: np.ndarray) -> SampledResponses:
         num_rows = len(last_tokens)
@@ -231,7 +226,10 @@ class ConversationCache:
                     token_ids[row] += tokens
                     logprobs[row] += values
                 break
-            logits_BV = self._append(step, 1).float() / self.temperature
+            output = self.model(
+                **self._appended(step, 1), past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            )
+            logits_BV = output.logits[:, -1].float() / self.temperature
             uniform_B = torch.from_numpy(np.ascontiguousarray(uniforms_BT[:, t])).to(logits_BV.device)
             token_B = _invert_cumulative(logits_BV, uniform_B)
             logprob_B = token_logprobs(logits_BV, token_B).tolist()

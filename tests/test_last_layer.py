@@ -9,11 +9,11 @@ import tiny
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from iterative_ppo.activation_checkpointing import gradient_pass, keep_no_activations
 from iterative_ppo.adapters import add_adapter
-from iterative_ppo.last_layer import hidden_states
+from iterative_ppo.last_layer import extend_cache, hidden_states
 
 TOKEN_BT = torch.randint(5, 12, (3, 11), generator=torch.Generator().manual_seed(0))
 READ_BT = torch.rand((3, 11), generator=torch.Generator().manual_seed(1)) < 0.4
@@ -81,8 +81,8 @@ def last_block(model: PreTrainedModel) -> nn.Module:
     return layers[-1].mlp
 
 
-def tokens_seen(model: PreTrainedModel, read_BT: Tensor | None) -> int:
-    """Tokens that go through the activation of the last feed-forward block in one pass."""
+def tokens_seen(model: PreTrainedModel, run: Callable[[], object]) -> int:
+    """Tokens that go through the activation of the last feed-forward block meanwhile."""
     seen = 0
 
     def count(_: nn.Module, arguments: tuple[Tensor], __: object) -> None:
@@ -91,9 +91,13 @@ def tokens_seen(model: PreTrainedModel, read_BT: Tensor | None) -> int:
 
     activation = next(child for name, child in last_block(model).named_children() if "act" in name)
     handle = activation.register_forward_hook(count)
-    hidden_states(model, read_BT, input_ids=TOKEN_BT)
+    run()
     handle.remove()
     return seen
+
+
+def tokens_seen_where(model: PreTrainedModel, read_BT: Tensor | None) -> int:
+    return tokens_seen(model, lambda: hidden_states(model, read_BT, input_ids=TOKEN_BT))
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *EXPERTS])
@@ -109,10 +113,26 @@ def test_what_is_read_and_its_gradients_are_those_of_the_whole_layer(name: str):
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_block_is_computed_at_the_tokens_that_are_read_alone(name: str):
     model = PLAIN[name]()
-    assert tokens_seen(model, None) == TOKEN_BT.numel()
-    assert tokens_seen(model, READ_BT) == READ_BT.sum()
+    assert tokens_seen_where(model, None) == TOKEN_BT.numel()
+    assert tokens_seen_where(model, READ_BT) == READ_BT.sum()
     whole_BTD, part_BTD = (hidden_states(model, read_BT, input_ids=TOKEN_BT) for read_BT in (None, READ_BT))
     assert not torch.allclose(part_BTD[~READ_BT], whole_BTD[~READ_BT], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *EXPERTS])
+def test_a_cache_is_extended_with_nothing_of_the_last_block(name: str):
+    model = (PLAIN | EXPERTS)[name]()
+    whole, ours = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=TOKEN_BT, past_key_values=whole)
+        for token_BT in (TOKEN_BT[:, :6], TOKEN_BT[:, 6:]):
+            extend_cache(model, ours, input_ids=token_BT)
+    for layer, same in zip(whole.layers, ours.layers, strict=True):
+        torch.testing.assert_close(same.keys, layer.keys)
+        torch.testing.assert_close(same.values, layer.values)
+    if name in PLAIN:
+        cache = DynamicCache(config=model.config)
+        assert tokens_seen(model, lambda: extend_cache(model, cache, input_ids=TOKEN_BT)) == 0
 
 
 @pytest.mark.parametrize("name", EXPERTS)
@@ -130,7 +150,7 @@ def test_activations_that_are_computed_again_are_those_of_all_tokens():
     for ours, theirs in zip(read_and_gradients(forgotten, READ_BT)[1], read_and_gradients(kept, None)[1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     with torch.no_grad(), gradient_pass(forgotten):
-        assert tokens_seen(forgotten, READ_BT) == READ_BT.sum(), "without a gradient nothing is computed again"
+        assert tokens_seen_where(forgotten, READ_BT) == READ_BT.sum(), "without a gradient nothing is computed again"
 
 
 def test_threads_that_share_a_model_read_what_they_asked_for():
@@ -157,4 +177,4 @@ def test_nothing_is_left_on_the_model_when_a_pass_fails():
     model = tiny.llama(12)
     with pytest.raises(IndexError):
         hidden_states(model, READ_BT, input_ids=TOKEN_BT + 100)
-    assert tokens_seen(model, None) == TOKEN_BT.numel()
+    assert tokens_seen_where(model, None) == TOKEN_BT.numel()
