@@ -206,7 +206,7 @@ class ComputeConfig(_Section):
     shard_weights: bool = False
     """Under `torchrun`: every process keeps a part of each model's weights, gradients and optimizer state (FSDP2), and not all. For models that are trained whole and do not fit otherwise."""
     rollout_conversations: Count = 512
-    """Conversations in lock-step during a rollout, in each process."""
+    """Conversations in lock-step during a rollout, in each process. Fewer once they are so long that their keys and values would take more than 2 GiB, or half of a GPU's free memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,7 @@ from iterative_ppo.last_layer import hidden_states
 from iterative_ppo.losses import token_logprobs
 from iterative_ppo.rendering import Renderer, TokenIds, TurnSequence
 from iterative_ppo.sampling import ConversationCache, SampledResponses
-from iterative_ppo.sampling_chunks import own_chunks
+from iterative_ppo.sampling_chunks import own_chunks, rows_in_memory
 from iterative_ppo.shared_prefix import run_trees, takes_trees, tree_batches
 from iterative_ppo.supervised import FitHistory, Progress, fit_passes, hidden_matrices, no_progress
 
@@ -232,6 +232,10 @@ class Policy:
             temperature=self.temperature,
             max_response_tokens=self.config.max_response_tokens,
         )
+
+    def rows_in_memory(self, prompt_tokens: int) -> int:
+        """How many prompts as long as this can be answered at a time, by what their keys and values take; one at least."""
+        return rows_in_memory(self.model)(prompt_tokens + self.config.max_response_tokens)
 
     def respond(
         self,

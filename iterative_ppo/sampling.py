@@ -141,7 +141,12 @@ class ConversationCache:
             self._encode([prompt[:-1] for prompt in prompts])
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keeps the given rows, in that order (a row may be kept several times), and forgets the others."""
+        """Keeps the given rows, in that order (a row may be kept several times), and forgets the others.
+
+        Before the first prompts there is nothing to keep.
+        """
+        if not self._token_ids:
+            return
         part = self._part(rows)
         self._token_ids, self._slots = part._token_ids, part._slots
         self._mask_BS, self._cache = part._mask_BS, part._cache

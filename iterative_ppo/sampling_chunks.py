@@ -13,18 +13,18 @@ from iterative_ppo.shared_prefix import families
 
 _MAX_ROWS = 512
 _CACHE_BYTES = 2 << 30
-"""Of keys and values of a chunk on a CPU; on a GPU they may take half of what is free."""
+"""Of keys and values on a CPU; on a GPU they may take half of what is free."""
 
 
 def own_chunks(
     prompts: Sequence[TokenIds], model: PreTrainedModel, *, max_response_tokens: int
 ) -> Iterator[list[list[int]]]:
     """This process's share of the prompts, by number, as families in chunks of bounded size, the shortest first."""
-    max_rows_of = _max_rows(model, max_response_tokens)
+    rows_of = rows_in_memory(model)
     chunk: list[list[int]] = []
     num_rows = 0
     for whole in sorted(_own_families(prompts), key=lambda family: len(prompts[family[-1]])):
-        max_rows = max_rows_of(len(prompts[whole[-1]]))
+        max_rows = min(_MAX_ROWS, rows_of(len(prompts[whole[-1]]) + max_response_tokens))
         for start in range(0, len(whole), max_rows):
             family = whole[start : start + max_rows]
             if chunk and num_rows + len(family) > max_rows:
@@ -43,11 +43,11 @@ def _own_families(prompts: Sequence[TokenIds]) -> list[list[int]]:
     return [cut[place] for place in distributed.share_of([len(family) for family in cut])]
 
 
-def _max_rows(model: PreTrainedModel, max_response_tokens: int) -> Callable[[int], int]:
-    """How many rows a chunk has at most whose longest prompt has so many tokens."""
+def rows_in_memory(model: PreTrainedModel) -> Callable[[int], int]:
+    """From a number of tokens to how many rows of so many there is memory for, one at least."""
     num_bytes = _CACHE_BYTES
     if model.device.type == "cuda":
         kept = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
         num_bytes = (torch.cuda.mem_get_info(model.device)[0] + kept) // 2
     max_tokens = num_bytes // cache_bytes_per_token(model)
-    return lambda prompt_tokens: min(_MAX_ROWS, max(1, max_tokens // (prompt_tokens + max_response_tokens)))
+    return lambda num_tokens: max(1, max_tokens // num_tokens)

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from tiny import word_policy
 
+from iterative_ppo import sampling_chunks
 from iterative_ppo.conversation_log import conversation_to_dict, read_conversations, write_conversations
 from iterative_ppo.conversations import Conversation, turn_rewards
 from iterative_ppo.environments.rollout import EnvironmentFailure, RolloutStatistics, collect, collect_scripted
 from iterative_ppo.environments.suggested_response import SuggestedResponse
 from iterative_ppo.policy import Policy
+from iterative_ppo.rendering import TokenIds
+from iterative_ppo.sampling import ConversationCache, SampledResponses, cache_bytes_per_token
 
 
 class Game(gymnasium.Env[str, str]):
@@ -67,6 +70,29 @@ def test_how_many_run_at_a_time_makes_no_difference(policy: Policy, lockstep: in
     for a, b in zip(together, one_by_one, strict=True):
         for mine, other in zip(a.messages, b.messages, strict=True):
             assert mine.logprob == (None if other.logprob is None else pytest.approx(other.logprob, abs=1e-3))
+
+
+def test_conversations_that_memory_does_not_hold_wait_and_are_the_same(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for 400 tokens, so for all ten at first, and for fewer as they grow."""
+    expected = play(policy, lockstep=10)
+    sample, rows_at_a_time = ConversationCache.sample, []
+
+    def spy(cache: ConversationCache, prompts: Sequence[TokenIds], uniforms_BT: np.ndarray) -> SampledResponses:
+        rows_at_a_time.append(len(prompts))
+        assert len(prompts) == 1 or len(prompts) * (max(map(len, prompts)) + 6) <= 400
+        return sample(cache, prompts, uniforms_BT)
+
+    monkeypatch.setattr(ConversationCache, "sample", spy)
+    monkeypatch.setattr(sampling_chunks, "_CACHE_BYTES", 400 * cache_bytes_per_token(policy.model))
+    statistics = RolloutStatistics()
+    found = play(policy, lockstep=10, statistics=statistics)
+    assert texts(found) == texts(expected)
+    assert [c.outcome for c in found] == [c.outcome for c in expected]
+    assert sum(rows_at_a_time) == statistics.num_turns
+    assert rows_at_a_time[0] == 10
+    assert len(rows_at_a_time) > 5, "some waited"
 
 
 def test_a_longer_collection_begins_like_a_shorter_one(policy: Policy) -> None:

@@ -233,19 +233,30 @@ def finish(
     max_turns: int,
     statistics: RolloutStatistics,
 ) -> None:
-    """Lets the policy speak in all talks, in lock-step, until each has ended."""
-    cache = policy.conversation_cache()
-    running = [talk for talk in talks if talk.end is None]
-    while running:
-        prompts = [policy.renderer.prompt(chat_messages(talk.messages)) for talk in running]
-        uniforms_BT = np.stack([talk.generator.random(policy.config.max_response_tokens) for talk in running])
-        sampled = cache.sample([prompt.token_ids for prompt in prompts], uniforms_BT)
-        for talk, token_ids, logprobs in zip(running, sampled.token_ids, sampled.token_logprobs, strict=True):
-            talk.say(policy.renderer.response_text(token_ids), min(0.0, sum(logprobs)), max_turns=max_turns)
-        statistics.num_turns += len(running)
-        statistics.num_dropped_messages += sum(prompt.num_dropped_messages for prompt in prompts)
-        kept = [row for row, talk in enumerate(running) if talk.end is None]
-        if len(kept) < len(running):
-            cache.keep(kept)
-            running = [running[row] for row in kept]
-    statistics.num_encoded_tokens += cache.num_encoded_tokens
+    """Lets the policy speak in all talks, in lock-step, until each has ended.
+
+    Where they have grown so long that memory does not hold the keys and values of all, some wait until the others have
+    ended, and are encoded anew then.
+    """
+    waiting = [talk for talk in talks if talk.end is None]
+    while waiting:
+        cache = policy.conversation_cache()
+        running, waiting = waiting, []
+        while running:
+            prompts = [policy.renderer.prompt(chat_messages(talk.messages)) for talk in running]
+            room = policy.rows_in_memory(max(len(prompt.token_ids) for prompt in prompts))
+            if room < len(running):
+                waiting += running[room:]
+                running, prompts = running[:room], prompts[:room]
+                cache.keep(range(room))
+            uniforms_BT = np.stack([talk.generator.random(policy.config.max_response_tokens) for talk in running])
+            sampled = cache.sample([prompt.token_ids for prompt in prompts], uniforms_BT)
+            for talk, token_ids, logprobs in zip(running, sampled.token_ids, sampled.token_logprobs, strict=True):
+                talk.say(policy.renderer.response_text(token_ids), min(0.0, sum(logprobs)), max_turns=max_turns)
+            statistics.num_turns += len(running)
+            statistics.num_dropped_messages += sum(prompt.num_dropped_messages for prompt in prompts)
+            kept = [row for row, talk in enumerate(running) if talk.end is None]
+            if len(kept) < len(running):
+                cache.keep(kept)
+                running = [running[row] for row in kept]
+        statistics.num_encoded_tokens += cache.num_encoded_tokens
