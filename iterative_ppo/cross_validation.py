@@ -12,7 +12,7 @@ from iterative_ppo.conversations import Conversation, folds_by_group, turn_rewar
 from iterative_ppo.frozen_features import FeatureCache
 from iterative_ppo.policy import Policy
 from iterative_ppo.q_fit import Predictions, predict, predict_after_share
-from iterative_ppo.q_from_logs import fit_q_from_logs, labelled, read_frozen_weights
+from iterative_ppo.q_from_logs import fit_q, labelled, read_frozen_weights
 from iterative_ppo.q_report import calibration_bins, discrimination, expected_calibration_error, is_binary, measure_of
 from iterative_ppo.supervised import Progress
 from iterative_ppo.text_baseline import SHARES, cross_fitted_scores
@@ -101,8 +101,7 @@ def _predict_folds(
     """What a Q fitted to the other folds says: of each conversation after each share of its messages, and at all of its
     decision points, a fold's together."""
     num_folds, tokens_per_batch = int(fold_N.max()) + 1, config.compute.tokens_per_batch
-    names = [str(i) for i in range(len(conversations))]
-    sequences, _ = labelled(conversations, policy, gamma=config.q_function.gamma, groups=names)
+    sequences, _ = labelled(conversations, policy, gamma=config.q_function.gamma, groups=groups)
     known = read_frozen_weights(config, policy, sequences, features, progress=progress)
     share_NS = np.full((len(conversations), len(SHARES)), np.nan)
     predictions: list[Predictions] = []
@@ -111,16 +110,9 @@ def _predict_folds(
         def show(what: str, done: int, total: int, fold: int = fold) -> None:
             progress(f"{what}, fold {fold + 1} of {num_folds}", fold * total + done, num_folds * total)
 
-        train = np.flatnonzero(fold_N != fold).tolist()
-        fitted = fit_q_from_logs(
-            config,
-            policy,
-            [conversations[i] for i in train],
-            name="folds",
-            seed=seed + fold,
-            progress=show,
-            groups=[groups[i] for i in train],
-            features=features,
+        train = [sequence for sequence in sequences if fold_N[sequence.conversation] != fold]
+        fitted = fit_q(
+            config, policy, train, counts={}, name="folds", seed=seed + fold, progress=show, features=features
         )
         test = [sequence for sequence in sequences if fold_N[sequence.conversation] == fold]
         predictions.append(predict(fitted.q_function, test, tokens_per_batch=tokens_per_batch, features=known))
@@ -128,8 +120,8 @@ def _predict_folds(
             values = predict_after_share(
                 fitted.q_function, test, share, tokens_per_batch=tokens_per_batch, features=known
             )
-            for name, value in values.items():
-                share_NS[int(name), s] = value
+            for conversation, value in values.items():
+                share_NS[conversation, s] = value
     return share_NS, predictions
 
 

@@ -246,8 +246,8 @@ def predict_after_share(
     *,
     tokens_per_batch: int,
     features: FeatureCache | None = None,
-) -> dict[str, float]:
-    """Expected outcome of each conversation once a share of its messages has been seen, by group.
+) -> dict[int, float]:
+    """Expected outcome of each conversation once a share of its messages has been seen, by `conversation`.
 
     Where the last message seen is the policy's, Q of that response; where it is the customer's, the state's value.
 
@@ -256,18 +256,18 @@ def predict_after_share(
     """
     rows: list[TokenIds] = []
     positions: list[list[int]] = []
-    groups: list[str] = []
+    conversations: list[int] = []
     for sequence in sequences:
         wanted = int(np.ceil(share * sequence.num_messages))
         for seen, (start, end) in zip(sequence.messages_seen, sequence.spans, strict=True):
             if seen == wanted or (end > start and seen + 1 == wanted):
                 rows.append(sequence.token_ids)
                 positions.append([start - 1 if seen == wanted else end - 1])
-                groups.append(sequence.group)
+                conversations.append(sequence.conversation)
                 break
     read = _read(q_function, rows, positions, tokens_per_batch=tokens_per_batch, features=features)
     values = q_function.to_value(torch.tensor([value for [value] in read], dtype=torch.float64)).tolist()
-    return dict(zip(groups, values, strict=True))
+    return dict(zip(conversations, values, strict=True))
 
 
 def _read(

@@ -65,8 +65,34 @@ def fit_q_from_logs(
         groups: one a conversation; conversations of one group fall on one side of the split. Default: their ids.
         features: of frozen weights, where fits before or after this one read the same conversations.
     """
+    sequences, counts = labelled(conversations, policy, gamma=config.q_function.gamma, groups=groups)
+    return fit_q(
+        config,
+        policy,
+        sequences,
+        start=start,
+        counts=counts,
+        name=name,
+        seed=seed,
+        progress=progress,
+        features=features,
+    )
+
+
+def fit_q(
+    config: Config,
+    policy: Policy,
+    sequences: Sequence[LabelledSequence],
+    *,
+    start: Path | None = None,
+    counts: dict[str, Any],
+    name: str,
+    seed: int,
+    progress: Progress,
+    features: FeatureCache | None = None,
+) -> FittedQ:
+    """`fit_q_from_logs` of conversations that are labelled sequences already, with counts of what was left out of them."""
     q_config = config.q_function
-    sequences, counts = labelled(conversations, policy, gamma=q_config.gamma, groups=groups)
     if len({sequence.group for sequence in sequences}) < 4:
         raise ValueError("fewer than four conversations with a known outcome: no Q-function can be fitted")
     held_out = split_by_group(
