@@ -52,9 +52,6 @@ def export_step(step: OpenStep, stack: Stack, out: Path) -> dict[str, Any]:
         )
     if stack == "verl":
         require_extra("export", needed_by="export verl")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     device = resolve_device(step.config.compute.device)
     policy = Policy.load(step.policy, step.config.policy, device=device)
     q_function = QFunction.load(step.q_function, device=device).merged()
@@ -63,6 +60,9 @@ def export_step(step: OpenStep, stack: Stack, out: Path) -> dict[str, Any]:
     if not prompts.prompts:
         raise ValueError(f"{step.run}: no prompt can be handed over exactly: {prompts.num_left_out}")
     _require_one_tokenizer(policy, step, prompts)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     policy.merged().save(partial / "policy")
     q_function.save(partial / "q_function", load_card(step.q_function), policy.tokenizer)
     critic = None
