@@ -1,6 +1,6 @@
 """Sequences of different lengths as padded batches of bounded size."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -64,3 +64,12 @@ def pad_values(rows: Sequence[Sequence[float] | np.ndarray], *, width: int) -> T
     for b, row in enumerate(rows):
         padded[b, : len(row)] = row
     return torch.from_numpy(padded)
+
+
+def marked(spans: Sequence[Iterable[tuple[int, int]]], *, width: int) -> Tensor:
+    """True at the positions within each row's spans (start, end) [B, width]."""
+    marked_BT = torch.zeros(len(spans), width, dtype=torch.bool)
+    for b, row in enumerate(spans):
+        for start, end in row:
+            marked_BT[b, start:end] = True
+    return marked_BT

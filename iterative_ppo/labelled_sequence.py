@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from iterative_ppo.batching import marked
 from iterative_ppo.q_function import TokenIds
 
 
@@ -38,8 +38,4 @@ class LabelledSequence:
 
 def responses(sequences: Sequence[LabelledSequence], width: int) -> Tensor:
     """True at the responses' tokens and at the one before each [B, T], T the width: where a fit reads anything."""
-    response_BT = torch.zeros(len(sequences), width, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        for start, end in sequence.spans:
-            response_BT[row, start - 1 : max(start, end)] = True
-    return response_BT
+    return marked([[(start - 1, max(start, end)) for start, end in s.spans] for s in sequences], width=width)

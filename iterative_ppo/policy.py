@@ -24,7 +24,7 @@ from transformers import (
 
 from iterative_ppo import adapters, distributed, sharding
 from iterative_ppo.activation_checkpointing import gradient_pass, keep_no_activations
-from iterative_ppo.batching import pad_right
+from iterative_ppo.batching import marked, pad_right
 from iterative_ppo.config import PolicyConfig
 from iterative_ppo.last_layer import hidden_states
 from iterative_ppo.losses import token_logprobs
@@ -421,13 +421,10 @@ class ResponseTargets:
 
 def response_targets(sequences: Sequence[tuple[TokenIds, Sequence[tuple[int, int]]]]) -> ResponseTargets:
     """The targets of some sequences, each its tokens and the spans of its responses."""
-    token_BT, mask_BT = pad_right([token_ids for token_ids, _ in sequences])
-    is_response_BT = torch.zeros_like(mask_BT)
-    for b, (_, spans) in enumerate(sequences):
-        for start, end in spans:
-            is_response_BT[b, start:end] = True
-    precedes_BT = is_response_BT.roll(-1, dims=1)
-    precedes_BT[:, -1] = False
+    token_BT, _ = pad_right([token_ids for token_ids, _ in sequences])
+    precedes_BT = marked(
+        [[(start - 1, end - 1) for start, end in spans] for _, spans in sequences], width=token_BT.shape[1]
+    )
     return ResponseTargets(
         token_BT=token_BT,
         precedes_target_BT=precedes_BT,

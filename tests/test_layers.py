@@ -45,7 +45,7 @@ LAYERS: list[dict[str, str]] = [
         "policy": "activation_checkpointing adapters batching config distributed last_layer losses rendering sampling sampling_chunks shared_prefix sharding supervised",
         "q_function": "activation_checkpointing adapters batching conversation_features distributed last_layer losses shared_prefix sharding supervised",
         "frozen_features": "adapters q_function supervised",
-        "labelled_sequence": "q_function",
+        "labelled_sequence": "batching q_function",
         "word_tasks": "labelled_sequence q_function",
         "q_fit": "batching config distributed frozen_features labelled_sequence losses q_function sharding supervised word_tasks",
         "read_out_regression": "losses supervised",
