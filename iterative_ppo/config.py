@@ -93,7 +93,7 @@ class PolicyConfig(_Section):
     """Width of the tiny model."""
     num_layers: Count = 2
     """Layers of the tiny model."""
-    vocabulary_size: Annotated[int, _Range(300)] = 1024
+    vocabulary_size: Annotated[int, _Range(300)] = 4096
     """Largest vocabulary of the tiny model's byte-level BPE tokenizer."""
     context_tokens: Annotated[int, _Range(16)] = 1024
     """Most tokens of prompt and response together; older messages are dropped whole from longer prompts. A model's own limit is kept if smaller."""
