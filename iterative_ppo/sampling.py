@@ -188,13 +188,12 @@ class ConversationCache:
         self._compact(always=self._is_gapless)
         width = max((len(tokens) for tokens in fresh), default=0)
         if width:
-            inputs = self._appended(fresh, width)
-            sharding.within(self.model, lambda: extend_cache(self.model, self._cache, **inputs))
+            self._append(fresh, width)
             if self._is_gapless:
                 self._compact(always=True)
 
-    def _appended(self, fresh: Sequence[Sequence[int]], width: int) -> dict[str, Tensor]:
-        """Notes new tokens of every row (padded on the right), and gives what the model takes to run over them."""
+    def _append(self, fresh: Sequence[Sequence[int]], width: int) -> None:
+        """Runs the model over new tokens of every row, padded on the right."""
         start = self._mask_BS.shape[1]
         length_B1 = np.array([[len(tokens)] for tokens in fresh])
         seen_B1 = np.array([[len(tokens)] for tokens in self._token_ids])
@@ -204,45 +203,65 @@ class ConversationCache:
         mask_BT[:] = column_T < length_B1
         position_BT[:] = seen_B1 + np.minimum(column_T, np.maximum(length_B1 - 1, 0))
         token_BT[mask_BT > 0] = [token for tokens in fresh for token in tokens]
+        token, mask, position = torch.from_numpy(block).to(self.model.device)
+        mask_BS = torch.cat([self._mask_BS, mask], dim=1)
+        inputs = {"input_ids": token, "attention_mask": mask_BS, "position_ids": position}
+        sharding.within(self.model, lambda: extend_cache(self.model, self._cache, **inputs))
+        self._note(fresh, start, mask_BS)
+
+    def _note(self, fresh: Sequence[Sequence[int]], start: int, mask_BS: Tensor) -> None:
+        """Notes tokens of every row that the model ran over: they lie from slot `start` on, and the mask is now this."""
         for row, tokens in enumerate(fresh):
             self._token_ids[row].extend(tokens)
             self._slots[row].extend(range(start, start + len(tokens)))
-        self.num_encoded_tokens += int(length_B1.sum())
-        token, mask, position = torch.from_numpy(block).to(self.model.device)
-        self._mask_BS = torch.cat([self._mask_BS, mask], dim=1)
-        return {"input_ids": token, "attention_mask": self._mask_BS, "position_ids": position}
+        self._mask_BS = mask_BS
+        self.num_encoded_tokens += sum(map(len, fresh))
 
     def _decode(self, last_tokens: Sequence[int], uniforms_BT: np.ndarray) -> SampledResponses:
-        num_rows = len(last_tokens)
-        token_ids: list[list[int]] = [[] for _ in range(num_rows)]
-        logprobs: list[list[float]] = [[] for _ in range(num_rows)]
-        step: list[list[int]] = [[token] for token in last_tokens]
-        for t in range(uniforms_BT.shape[1]):
-            running = [row for row in range(num_rows) if step[row]]
-            if not running:
-                break
-            if 2 * len(running) <= num_rows and num_rows >= _SMALLEST_SHRINKING_BATCH:
-                # Most have finished: the others go on by themselves. What they still say is encoded again with the
-                # next prompt.
-                rest = self._part(running)
-                said = rest._decode([step[row][0] for row in running], uniforms_BT[running, t:])
-                self.num_encoded_tokens += rest.num_encoded_tokens
-                for row, tokens, values in zip(running, said.token_ids, said.token_logprobs, strict=True):
-                    token_ids[row] += tokens
-                    logprobs[row] += values
-                break
+        """Draws token after token, beginning with what follows each row's last token, which is not encoded yet."""
+        num_rows, num_steps = uniforms_BT.shape
+        device, start = self.model.device, self._mask_BS.shape[1]
+        uniform_BT = torch.from_numpy(uniforms_BT).to(device)
+        mask_BS = torch.cat([self._mask_BS, self._mask_BS.new_zeros(num_rows, num_steps)], dim=1)
+        token_B = torch.tensor(last_tokens, device=device)
+        position_B = torch.tensor([len(tokens) for tokens in self._token_ids], device=device)
+        is_running_B = torch.ones(num_rows, dtype=torch.bool, device=device)
+        drawn: list[Tensor] = []
+        drawn_logprobs: list[Tensor] = []
+        num_running = num_rows
+        while len(drawn) < num_steps and num_running and not _is_worth_shrinking(num_running, num_rows):
+            t = len(drawn)
+            mask_BS[:, start + t] = is_running_B
             output = self.model(
-                **self._appended(step, 1), past_key_values=self._cache, use_cache=True, logits_to_keep=1
+                input_ids=token_B[:, None],
+                attention_mask=mask_BS[:, : start + t + 1],
+                position_ids=position_B[:, None],
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
             )
             logits_BV = output.logits[:, -1].float() / self.temperature
-            uniform_B = torch.from_numpy(np.ascontiguousarray(uniforms_BT[:, t])).to(logits_BV.device)
-            token_B = _invert_cumulative(logits_BV, uniform_B)
-            logprob_B = token_logprobs(logits_BV, token_B).tolist()
-            for row, token in enumerate(token_B.tolist()):
-                if step[row]:
-                    token_ids[row].append(token)
-                    logprobs[row].append(logprob_B[row])
-                    step[row] = [] if token == self.end_id else [token]
+            token_B = _invert_cumulative(logits_BV, uniform_BT[:, t])
+            drawn.append(token_B)
+            drawn_logprobs.append(token_logprobs(logits_BV, token_B))
+            position_B += is_running_B
+            is_running_B &= token_B != self.end_id
+            num_running = int(is_running_B.sum())
+        token_BT, logprob_BT = torch.stack(drawn, dim=1).tolist(), torch.stack(drawn_logprobs, dim=1).tolist()
+        lengths = mask_BS[:, start:].sum(1).tolist()
+        token_ids = [tokens[:length] for tokens, length in zip(token_BT, lengths, strict=True)]
+        logprobs = [values[:length] for values, length in zip(logprob_BT, lengths, strict=True)]
+        encoded = [[last, *tokens[:-1]] for last, tokens in zip(last_tokens, token_ids, strict=True)]
+        self._note(encoded, start, mask_BS[:, : start + len(drawn)])
+        if num_running and len(drawn) < num_steps:
+            # Most have finished: the others go on by themselves. What they still say is encoded again with the next prompt.
+            running = is_running_B.nonzero().squeeze(1).tolist()
+            rest = self._part(running)
+            said = rest._decode([token_ids[row][-1] for row in running], uniforms_BT[running, len(drawn) :])
+            self.num_encoded_tokens += rest.num_encoded_tokens
+            for row, tokens, values in zip(running, said.token_ids, said.token_logprobs, strict=True):
+                token_ids[row] += tokens
+                logprobs[row] += values
         return SampledResponses(token_ids=tuple(map(tuple, token_ids)), token_logprobs=tuple(map(tuple, logprobs)))
 
     def _compact(self, *, always: bool) -> None:
@@ -265,6 +284,11 @@ class ConversationCache:
                 for states in (layer.keys, layer.values)
             )
             layer.replace(keys, values)
+
+
+def _is_worth_shrinking(num_running: int, num_rows: int) -> bool:
+    """Whether so few of the rows are left that it pays to copy what their cache holds, and to go on with them alone."""
+    return 2 * num_running <= num_rows and num_rows >= _SMALLEST_SHRINKING_BATCH
 
 
 def _invert_cumulative(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
