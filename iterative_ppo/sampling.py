@@ -205,8 +205,12 @@ class ConversationCache:
         token_BT[mask_BT > 0] = [token for tokens in fresh for token in tokens]
         token, mask, position = torch.from_numpy(block).to(self.model.device)
         mask_BS = torch.cat([self._mask_BS, mask], dim=1)
-        inputs = {"input_ids": token, "attention_mask": mask_BS, "position_ids": position}
-        sharding.within(self.model, lambda: extend_cache(self.model, self._cache, **inputs))
+        sharding.within(
+            self.model,
+            lambda: extend_cache(
+                self.model, self._cache, input_ids=token, attention_mask=mask_BS, position_ids=position
+            ),
+        )
         self._note(fresh, start, mask_BS)
 
     def _note(self, fresh: Sequence[Sequence[int]], start: int, mask_BS: Tensor) -> None:
