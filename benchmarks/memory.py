@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from _random_models import save_random_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from iterative_ppo import policy as policy_module
@@ -41,15 +41,6 @@ WAYS = {"one backbone": 16, "four models": 0}
 PROMPT_TOKENS, RESPONSE_TOKENS = 64, 32
 TOKENS_PER_BATCH = 1024
 MIB = 2**20
-SMOLLM2 = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-}
 
 
 def bytes_of(*modules: nn.Module) -> int:
@@ -110,15 +101,6 @@ def measure(folder: Path, way: str, dtype: str, checkpoint_activations: bool) ->
     return figures
 
 
-def random_model(folder: Path) -> None:
-    """SmolLM2's shape, with the tokenizer of a tiny model: what is measured depends on neither."""
-    tiny = Policy.tiny(["a few words to make a tokenizer of"] * 20, PolicyConfig(), seed=0)
-    tiny.tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    end = {"bos_token_id": None, "eos_token_id": tiny.renderer.end_id, "pad_token_id": tiny.pad_id}
-    LlamaForCausalLM(LlamaConfig(**SMOLLM2, **end)).save_pretrained(folder)
-
-
 def main() -> None:
     """Both ways, in processes of their own."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -133,7 +115,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.model is None:
-            random_model(Path(scratch))
+            save_random_model(Path(scratch), "smollm2-135m")
         folder = str(arguments.model or scratch)
         rows = {}
         options = ["--model", folder, "--dtype", arguments.dtype]

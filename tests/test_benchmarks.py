@@ -99,3 +99,19 @@ def test_memory_of_one_backbone_and_of_four_models(tmp_path: Path):
     # Four times the weights (Q and the token value have no output embedding), and Adam's two moments of the policy's.
     assert 5 < result["four_models_held_over_weights"] <= 6
     assert result["held_over_weights"] < result["four_models_held_over_weights"]
+
+
+@pytest.mark.slow
+def test_throughput_of_the_parts_of_a_step(tmp_path: Path):
+    tiny.letter_policy().save(tmp_path / "model")
+    sizes = {"--prompts": 3, "--samples": 2, "--prompt-tokens": 7, "--response-tokens": 5, "--repetitions": 1}
+    options = [str(part) for option in sizes.items() for part in option]
+    result = last_line("throughput", "--model", str(tmp_path / "model"), *options)
+    assert list(result["rows"]) == ["sample", "score under the anchor", "score by Q", "train"]
+    for row in result["rows"].values():
+        assert row["tokens_per_second"] * row["seconds"] == pytest.approx(3 * 7 + 3 * 2 * 5)
+    by_flop = {name: row["utilisation"] * row["seconds"] for name, row in result["rows"].items()}
+    assert by_flop["train"] == pytest.approx(2 * by_flop["sample"])
+    assert by_flop["sample"] == pytest.approx(by_flop["score under the anchor"])
+    assert by_flop["sample"] > by_flop["score by Q"] > 0
+    assert result["ratio"] == result["rows"]["train"]["utilisation"]
